@@ -1,0 +1,36 @@
+"""Model families: how each encodes its pictures and takes features back. Installed as `mmcompress.adapters`.
+
+One file per family; README.md beside this file shows how to write one.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from mmcompress.errors import UnsupportedModelError
+
+from .base import Adapter, Encoded
+
+_ADAPTERS: dict[str, str] = {
+    "llava": "llava:LlavaAdapter",
+    "llava_next": "llava_next:LlavaNextAdapter",
+}
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a transformers model, chosen by its `config.model_type`."""
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in _ADAPTERS:
+        raise UnsupportedModelError(f"no adapter for model_type {model_type!r}; known: {', '.join(sorted(_ADAPTERS))}; "
+                                    f"adapters/README.md shows how to write one")
+    module, _, name = _ADAPTERS[model_type].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), name)(model)
+
+
+def known_model_types() -> tuple[str, ...]:
+    """Model types that have an adapter."""
+    return tuple(sorted(_ADAPTERS))
+
+
+__all__ = ["Adapter", "Encoded", "adapter_for", "known_model_types"]

@@ -1,0 +1,66 @@
+"""A wrap's configuration: what YAML files, `save_pretrained` and the command line speak."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from . import registry
+
+Positions = Literal["closed", "original"]
+FILE_NAME = "mmcompress.json"
+
+
+@dataclass(frozen=True)
+class WrapConfig:
+    """What is reduced and how the shorter prompt is laid out.
+
+    positions    "closed": kept tokens close up, as if the picture had been that small; "original": each keeps the
+                 position it had in the full prompt, and the text after it too
+    """
+
+    image: Any = None
+    positions: Positions = "closed"
+
+    def __post_init__(self) -> None:
+        if self.image is None:
+            raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25)")
+        if self.positions not in ("closed", "original"):
+            raise ValueError(f"positions={self.positions!r}: 'closed' or 'original'")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"image": registry.describe("image", self.image), "positions": self.positions}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> WrapConfig:
+        data = dict(data)
+        data.pop("mmcompress_version", None)
+        if unknown := sorted(set(data) - {"image", "positions"}):
+            raise ValueError(f"unknown keys {', '.join(unknown)}; a configuration has image and positions")
+        return cls(image=registry.build("image", data["image"]) if data.get("image") is not None else None,
+                   positions=data.get("positions", "closed"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> WrapConfig:
+        """From a YAML or JSON file, or a folder that `save_pretrained` wrote."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"no configuration at {path}; pass a YAML file such as configs/globalcom2-25.yaml, "
+                                    f"or a folder that save_pretrained wrote")
+        import yaml
+
+        data = yaml.safe_load(path.read_text())             # YAML reads JSON too
+        if not isinstance(data, dict):
+            raise ValueError(f"{path}: a mapping such as 'image: {{name: globalcom2, keep: 0.25}}' was expected")
+        return cls.from_dict(data)
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {"mmcompress_version": version("mmcompress"), **self.to_dict()}
+        (folder / FILE_NAME).write_text(json.dumps(data, indent=2) + "\n")

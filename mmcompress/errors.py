@@ -1,0 +1,13 @@
+"""Errors that are worth catching by name; every other refusal is a plain ValueError."""
+
+
+class SignalError(RuntimeError):
+    """A reducer asked for a signal, such as [CLS] attention, that this model or this call cannot give."""
+
+
+class WrapError(RuntimeError):
+    """A model is wrapped twice, or something else wrapped it in between."""
+
+
+class UnsupportedModelError(ValueError):
+    """There is no adapter for this model, or the installed transformers lacks what the adapter needs."""

@@ -1,0 +1,31 @@
+"""Averaging tokens over the cells of a partition that is known from the layout alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def even_split(total: int, parts: int) -> list[int]:
+    """`total` cut into `parts` integers that differ by at most one, the larger ones spread evenly."""
+    edges = [total * i // parts for i in range(parts + 1)]
+    return [b - a for a, b in zip(edges, edges[1:])]
+
+
+def grid_cells(rows: int, columns: int, widths: list[int]) -> list[list[int]]:
+    """Partition a rows x columns grid into len(widths) bands, band i into widths[i] cells; the cell of every place.
+
+    Bands and cells are contiguous and as even as integers allow; cells are numbered in reading order.
+    """
+    band_of = [i for i, size in enumerate(even_split(rows, len(widths))) for _ in range(size)]
+    first = [sum(widths[:i]) for i in range(len(widths))]
+    return [[first[band] + column * widths[band] // columns for column in range(columns)] for band in band_of]
+
+
+def average_by_slot(features: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Mean of the tokens of each slot. features (B, N, D), slot (N,) int64 in [0, k), -1 dropped -> (B, k, D), (k,) mass."""
+    member = torch.zeros(k + 1, len(slot), dtype=torch.float32, device=features.device)
+    member = member.scatter(0, torch.where(slot < 0, k, slot)[None], 1.0)[:k]                        # (k, N)
+    mass = member.sum(1)
+    mean = (member / mass.clamp_min(1)[:, None]) @ features.float()
+    return mean.to(features.dtype), mass

@@ -1,0 +1,172 @@
+"""The way of the data: encode -> reduce -> pack -> a shorter prompt. One direction, no module touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter
+from .config import WrapConfig
+from .prompt import PromptMap, as_mask, find_placeholders, padding_side, plan
+from .report import Stopwatch
+from .tokens import Layout, Reduction, Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One reduced picture: where it stood and which of its tokens went where. Holds no features."""
+
+    modality: str
+    row: int                    # its prompt in the batch
+    layout: Any
+    index: Tensor               # (K,) int64
+    source: Tensor              # (N,) int64
+    mass: Tensor | None         # (K,)
+
+    @property
+    def before(self) -> int:
+        return self.layout.tokens
+
+    @property
+    def after(self) -> int:
+        return len(self.index)
+
+
+@dataclass(eq=False)
+class Run:
+    """One call's inputs, reduced: what the stock model takes, and the record of what was done."""
+
+    inputs: dict[str, Any]
+    prompt: PromptMap | None = None         # None: no column was dropped
+    items: list[Item] = field(default_factory=list)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+
+def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfig,
+                  side: Literal["left", "right"] | None = None) -> Run:
+    """Encode and reduce the pictures of a call, and shorten its prompt to match.
+
+    inputs   what the processor returned, with labels or position_ids (B, L) if wanted
+    side     where prompts of unequal length are padded; None: as the caller's mask is
+    """
+    input_ids = inputs.get("input_ids")
+    if input_ids is None:
+        raise ValueError("input_ids are needed to find the pictures' placeholders; inputs_embeds alone do not tell them")
+    mask = as_mask(inputs)
+    layouts = adapter.layouts(inputs)
+    host_ids, host_mask = input_ids.cpu(), None if mask is None else mask.cpu()     # before the tower is launched
+    spans = find_placeholders(host_ids, adapter.image_token_id, [layout.tokens for layout in layouts])
+    run = Run(inputs={}, stopwatch=Stopwatch(input_ids.device))
+
+    with run.stopwatch.stage("encode"):
+        encoded = adapter.encode(inputs, getattr(config.image, "captures", ()))
+    with run.stopwatch.stage("reduce"):
+        question = _questions(adapter, host_ids, host_mask, spans) if getattr(config.image, "reads_question", False) else None
+        reduced = _reduce(adapter, encoded, layouts, config.image, question)
+    with run.stopwatch.stage("pack"):
+        run.items = [Item("image", row, layout, index, source, mass)
+                     for (row, _), layout, (_, index, source, mass) in zip(spans, layouts, reduced)]
+        run.prompt = plan(host_ids, host_mask, spans, [len(index) for _, index, _, _ in reduced],
+                          side or padding_side(host_mask))
+        run.inputs = {k: v for k, v in inputs.items() if k not in adapter.encoder_inputs}
+        run.inputs.update(_shortened(run, inputs, mask, spans, config.positions))
+        rows: dict[int, list[Tensor]] = {}
+        for (row, _), (tokens, *_rest) in zip(spans, reduced):
+            rows.setdefault(row, []).append(tokens)
+        # one tensor a prompt: transformers then repeats the right features for beams and num_return_sequences
+        run.inputs["mm_encoder_outputs"] = adapter.outputs([torch.cat(t) if len(t) > 1 else t[0] for t in rows.values()])
+    return run
+
+
+Reduced = tuple[Tensor, Tensor, Tensor, "Tensor | None"]        # one picture's tokens, index, source, mass
+
+
+def _reduce(adapter: Adapter, encoded: Any, layouts: Sequence[Layout], reducer: Any,
+            question: tuple[Tensor, Tensor] | None) -> list[Reduced]:
+    """Reduce pictures of equal layout together."""
+    groups: dict[Layout, list[int]] = {}
+    for i, (features, layout) in enumerate(zip(encoded.features, layouts)):
+        if len(features) != layout.tokens:
+            raise ValueError(f"picture {i} has {len(features)} features where its layout has {layout.tokens} tokens; "
+                             f"pixel_values and image_sizes must come from one processor call")
+        groups.setdefault(layout, []).append(i)
+    out: list[Reduced | None] = [None] * len(layouts)
+    for layout, items in groups.items():
+        features = torch.stack([encoded.features[i] for i in items])
+        asked = (None, None) if question is None else tuple(q[items] for q in question)
+        x = Tokens(features=features, layout=layout, vision=encoded.state(layouts, items),
+                   question=asked[0], question_mask=asked[1])
+        reduction = reducer(x)
+        _check(reduction, reducer, x)
+        for j, i in enumerate(items):
+            out[i] = _item(reduction, j)
+    return [r for r in out if r is not None]
+
+
+def _check(reduction: Reduction, reducer: Any, x: Tokens) -> None:
+    want = (len(x.features), reducer.count(x.layout))
+    if tuple(reduction.index.shape) != want or tuple(reduction.tokens.shape[:2]) != want:
+        raise ValueError(f"{type(reducer).__name__} returned {tuple(reduction.tokens.shape[:2])} tokens where count() "
+                         f"promised {want}; fix the reducer")
+
+
+def _item(reduction: Reduction, j: int) -> Reduced:
+    tokens, index, source = reduction.tokens[j], reduction.index[j], reduction.source[j]
+    mass = None if reduction.mass is None else reduction.mass[j]
+    if reduction.valid is not None:                             # the count depends on the data: one host synchronisation
+        valid = reduction.valid[j]
+        tokens, index, mass = tokens[valid], index[valid], None if mass is None else mass[valid]
+    return tokens, index, source, mass
+
+
+def _shortened(run: Run, inputs: Mapping[str, Any], mask: Tensor | None, spans: Sequence[tuple[int, Tensor]],
+               positions: str) -> dict[str, Any]:
+    """input_ids, attention_mask, labels and position_ids of the shorter prompt; nothing where no column was dropped."""
+    if run.prompt is None:
+        return {}
+    ids, prompt = inputs["input_ids"], run.prompt
+    out: dict[str, Any] = {"input_ids": prompt.select(ids, 0)}
+    padded = bool((prompt.column < 0).any())
+    if mask is not None or padded or positions == "original":
+        full = torch.ones_like(ids) if mask is None else mask
+        out["attention_mask"] = prompt.select(full, 0)
+    for name, pad in (("labels", -100), ("token_type_ids", 0)):
+        if inputs.get(name) is not None:
+            out[name] = prompt.select(inputs[name], pad)
+    given = inputs.get("position_ids")
+    if given is not None or positions == "original":
+        if given is None:
+            given = (torch.ones_like(ids) if mask is None else mask).long().cumsum(1).sub(1).clamp_min(0)
+        out["position_ids"] = _original_positions(prompt, given.expand_as(ids), spans, run.items)
+    return out
+
+
+def _original_positions(prompt: PromptMap, position_ids: Tensor, spans: Sequence[tuple[int, Tensor]],
+                        items: Sequence[Item]) -> Tensor:
+    """Each kept token's position in the full prompt. -> (B, L')"""
+    out = prompt.select(position_ids, 0)
+    for (row, columns), item in zip(spans, items):
+        first = int((prompt.column[row] == columns[0]).nonzero()[0])        # kept placeholders stand side by side
+        out[row, first:first + item.after] = position_ids[row, columns.to(out.device)[item.index]]
+    return out
+
+
+def _questions(adapter: Adapter, ids: Tensor, mask: Tensor | None, spans: Sequence[tuple[int, Tensor]]
+               ) -> tuple[Tensor, Tensor]:
+    """Input embeddings of the text that follows each picture in its prompt. -> (items, Q, D), (items, Q) bool"""
+    texts = []
+    for row, columns in spans:
+        after = ids[row, int(columns[-1]) + 1:]
+        real = after != adapter.image_token_id
+        if mask is not None:
+            real &= mask[row, int(columns[-1]) + 1:].bool()
+        texts.append(after[real])
+    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True) if texts else ids[:0]
+    lengths = torch.tensor([len(t) for t in texts])
+    device = adapter.model.get_input_embeddings().weight.device
+    embedded = adapter.model.get_input_embeddings()(padded.to(device))
+    return embedded.detach(), (torch.arange(padded.shape[1]) < lengths[:, None]).to(device)

@@ -1,0 +1,92 @@
+"""Which reducers there are: name -> "module:Class", imported only when asked for.
+
+Outsiders add theirs with `register("image", "mine", "package.module:Class")`, or as an entry point named
+"image.mine" in the group "mmcompress.reducers". Tests, the command line and the README's table read this list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+ENTRY_POINTS = "mmcompress.reducers"
+
+_REDUCERS: dict[str, dict[str, str]] = {
+    "image": {
+        "global_rank": "mmcompress.image.global_rank:GlobalRank",
+        "globalcom2": "mmcompress.image.globalcom2:GlobalCom2",
+        "visionzip": "mmcompress.image.visionzip:VisionZip",
+        "cls_topk": "mmcompress.image.cls_topk:ClsTopK",
+        "average_pool": "mmcompress.image.average_pool:AveragePool",
+        "uniform": "mmcompress.image.uniform:Uniform",
+        "random": "mmcompress.image.random:Random",
+    },
+}
+SLOTS = tuple(_REDUCERS)
+
+
+def register(slot: str, name: str, target: str) -> None:
+    """Add a reducer under `name`. `target` is "package.module:Class", a dataclass whose fields are its configuration."""
+    _check_slot(slot)
+    known = available(slot)
+    if name in known and known[name] != target:
+        raise ValueError(f"{slot} reducer {name!r} is {known[name]} already; choose another name")
+    _REDUCERS[slot][name] = target
+
+
+def available(slot: str) -> dict[str, str]:
+    """Name -> "module:Class" of every reducer for a slot, entry points included."""
+    _check_slot(slot)
+    return {**_from_entry_points(slot), **_REDUCERS[slot]}
+
+
+@lru_cache(maxsize=None)
+def _from_entry_points(slot: str) -> dict[str, str]:
+    prefix = f"{slot}."
+    return {e.name[len(prefix):]: e.value for e in entry_points(group=ENTRY_POINTS) if e.name.startswith(prefix)}
+
+
+def reducer_class(slot: str, name: str) -> type:
+    """The class registered under a name."""
+    known = available(slot)
+    if name not in known:
+        raise ValueError(f"no {slot} reducer named {name!r}; known: {', '.join(sorted(known))}")
+    module, _, attribute = known[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def build(slot: str, config: Any) -> Any:
+    """A reducer from what the user gave: a reducer itself, a name, or a dict with `name` and the fields."""
+    if isinstance(config, str):
+        return reducer_class(slot, config)()
+    if isinstance(config, dict):
+        options = dict(config)
+        if "name" not in options:
+            raise ValueError(f"{slot}: {config!r} needs a 'name'; known: {', '.join(sorted(available(slot)))}")
+        cls = reducer_class(slot, options.pop("name"))
+        if unknown := sorted(set(options) - {f.name for f in fields(cls)}):
+            raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; "
+                             f"it has {', '.join(f.name for f in fields(cls))}")
+        return cls(**options)
+    if callable(config) and callable(getattr(config, "count", None)) and not isinstance(config, type):
+        return config
+    raise ValueError(f"{slot}={config!r}: pass a reducer (an instance with count() and __call__), its name, or a dict")
+
+
+def describe(slot: str, reducer: Any) -> dict[str, Any]:
+    """The inverse of `build`: {"name": ..., fields that differ from their defaults, keep always}."""
+    target = f"{type(reducer).__module__}:{type(reducer).__qualname__}"
+    names = [name for name, known in available(slot).items() if known == target]
+    if not names or not is_dataclass(reducer):
+        raise ValueError(f"{target} is not registered, so its configuration cannot be saved; "
+                         f"call mmcompress.register({slot!r}, NAME, {target!r}) first")
+    defaults = {f.name: f.default for f in fields(reducer)}
+    return {"name": names[0], **{k: v for k, v in asdict(reducer).items() if k == "keep" or v != defaults[k]}}
+
+
+def _check_slot(slot: str) -> None:
+    if slot not in _REDUCERS:
+        raise ValueError(f"no slot {slot!r}; known: {', '.join(_REDUCERS)}")

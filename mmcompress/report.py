@@ -1,0 +1,150 @@
+"""What was saved and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+Mark = Any      # a time.perf_counter() reading, or a CUDA event
+
+
+class Stopwatch:
+    """Milliseconds per stage. On a GPU it records events and waits for them only when the times are read."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.cuda = torch.device(device).type == "cuda"
+        self._spans: list[tuple[str, Mark, Mark]] = []
+
+    def _mark(self) -> Mark:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if torch.compiler.is_compiling():       # a clock would break the graph
+            yield
+            return
+        start = self._mark()
+        try:
+            yield
+        finally:
+            self._spans.append((name, start, self._mark()))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Total per stage, in order of first use."""
+        out: dict[str, float] = {}
+        if self.cuda and self._spans:
+            torch.cuda.synchronize()
+        for name, start, end in self._spans:
+            out[name] = out.get(name, 0.0) + (start.elapsed_time(end) if self.cuda else 1000 * (end - start))
+        return out
+
+    def count(self, name: str) -> int:
+        """How often a stage ran."""
+        return sum(n == name for n, _, _ in self._spans)
+
+
+@dataclass(frozen=True)
+class ItemReport:
+    """One picture. Tokens are what the language model reads, newlines included; patches leave the newlines out.
+
+    `nominal` is what papers often call 100 %: every patch of every tile, before padding was cut, without newlines.
+    """
+
+    modality: str
+    prompt: int
+    tokens_before: int
+    tokens_after: int
+    patches_before: int
+    patches_after: int
+    newlines_before: int
+    newlines_after: int
+    nominal: int
+    merged: bool
+
+    @property
+    def kept(self) -> float:
+        return self.tokens_after / self.tokens_before
+
+    @property
+    def kept_nominal(self) -> float:
+        return self.patches_after / self.nominal
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one call saved and cost.
+
+    Prompt lengths are columns of the batch, padding included. Milliseconds: `encode` (vision tower and projector),
+    `reduce`, `pack`, `prefill` (the first forward of the language model), `decode` (all later ones). KV bytes are those
+    of a full-precision cache of the prompt, all rows, computed from the configuration.
+    """
+
+    reducer: str
+    items: list[ItemReport] = field(default_factory=list)
+    prompt_before: int = 0
+    prompt_after: int = 0
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    decode_steps: int = 0
+    kv_bytes_before: int = 0
+    kv_bytes_after: int = 0
+
+    @property
+    def tokens_before(self) -> int:
+        return sum(i.tokens_before for i in self.items)
+
+    @property
+    def tokens_after(self) -> int:
+        return sum(i.tokens_after for i in self.items)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens_before": self.tokens_before, "tokens_after": self.tokens_after}
+
+    def __str__(self) -> str:
+        if not self.items:
+            return f"{self.reducer}: nothing was reduced (no picture in the last call)"
+        lines = [self.reducer]
+        for n, i in enumerate(self.items):
+            merged = ", merged" if i.merged else ""
+            lines.append(f"  {i.modality} {n} (prompt {i.prompt}): {i.tokens_before} -> {i.tokens_after} tokens "
+                         f"({i.kept:.1%}; newlines {i.newlines_before} -> {i.newlines_after}; "
+                         f"{i.kept_nominal:.1%} of {i.nominal} nominal patches{merged})")
+        lines.append(f"  prompt {self.prompt_before} -> {self.prompt_after} columns, "
+                     f"KV cache {_size(self.kv_bytes_before)} -> {_size(self.kv_bytes_after)}")
+        times = [f"{name} {ms:.1f}" for name, ms in self.milliseconds.items() if name != "decode"]
+        if self.decode_steps:
+            times.append(f"decode {self.milliseconds['decode'] / self.decode_steps:.1f} x {self.decode_steps}")
+        return "\n".join([*lines, f"  ms: {', '.join(times)}"])
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def describe_item(item: Any) -> ItemReport:
+    """The report of one reduced picture; reads its indices, so it waits for the device."""
+    layout, index = item.layout, item.index.cpu()
+    patches = int(layout.places().is_patch[index].sum())
+    return ItemReport(modality=item.modality, prompt=item.row, tokens_before=item.before, tokens_after=item.after,
+                      patches_before=layout.patches, patches_after=patches, newlines_before=layout.newline_tokens,
+                      newlines_after=item.after - patches, nominal=layout.tiles * layout.thumbnail_tokens,
+                      merged=item.mass is not None)
+
+
+def kv_bytes(config: Any, rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of `columns` positions in `rows` prompts; sliding-window layers hold their window."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    window = getattr(text, "sliding_window", None)
+    held = sum(min(columns, window) if kind == "sliding_attention" and window else columns for kind in kinds)
+    return 2 * rows * held * heads * head_dim * dtype.itemsize

@@ -1,0 +1,277 @@
+"""The nouns everything speaks: `Layout`, `Tokens`, `Reduction`, and the verb, `Reducer`.
+
+A picture reaches a reducer as the sequence the language model would read: the thumbnail's tokens row by row, then
+each row of the canvas that the crops tile, unpadded, closed by a newline token. `ImageLayout` says where each of
+these tokens lies, so a method needs no other geometry, and a budget counts what the language model really pays for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .budget import check_keep, keep_count
+from .errors import SignalError
+
+
+class Layout(ABC):
+    """How the language-model tokens of one item lie. Hashable: items of equal layout are reduced in one batch."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """How many language-model tokens the item costs uncompressed."""
+
+
+@dataclass(frozen=True)
+class ImageLayout(Layout):
+    """A picture as a thumbnail, and crops that tile a canvas from which padding was cut (LLaVA-NeXT's `anyres`).
+
+    With `grid=(0, 0)` there is the thumbnail alone (LLaVA-1.5, single-tile pictures). `newlines` says whether every
+    canvas row (or, for a thumbnail alone, the whole) is closed by a newline token.
+    """
+
+    tile: tuple[int, int]                   # token rows and columns of one tile
+    grid: tuple[int, int] = (0, 0)          # crops down and across
+    rows: tuple[int, int] = (0, 0)          # canvas rows [first, end) that show the picture, not padding
+    columns: tuple[int, int] = (0, 0)       # canvas columns likewise
+    newlines: bool = False
+
+    def __post_init__(self) -> None:
+        height, width = self.canvas
+        if min(self.tile) < 1 or not 0 <= self.rows[0] <= self.rows[1] <= height \
+                or not 0 <= self.columns[0] <= self.columns[1] <= width:
+            raise ValueError(f"{self}: rows and columns must lie on the {height} x {width} canvas of the crops")
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Token rows and columns of the canvas, padding included."""
+        return self.grid[0] * self.tile[0], self.grid[1] * self.tile[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Token rows and columns of the canvas that show the picture."""
+        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+
+    @property
+    def crops(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tiles(self) -> int:
+        """Pictures the vision tower sees: the thumbnail and the crops."""
+        return 1 + self.crops
+
+    @property
+    def thumbnail_tokens(self) -> int:
+        return self.tile[0] * self.tile[1]
+
+    @property
+    def newline_tokens(self) -> int:
+        return (self.size[0] if self.crops else 1) if self.newlines else 0
+
+    @property
+    def patches(self) -> int:
+        """Tokens that show a patch of the picture: all but the newlines."""
+        return self.thumbnail_tokens + self.size[0] * self.size[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.patches + self.newline_tokens
+
+    def places(self, device: torch.device | str = "cpu") -> Places:
+        """Where each of the N tokens lies, as tensors on `device` (cached)."""
+        return _places(self, torch.device(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where each of the N tokens of an `ImageLayout` lies. Newline tokens have tile -1 and patch 0."""
+
+    tile: Tensor            # (N,) int64: 0 the thumbnail, 1.. the crops row by row, -1 a newline
+    patch: Tensor           # (N,) int64: index into the tiles' patches laid end to end, (tiles * tile rows * columns)
+    line: Tensor            # (N,) int64: number of the newline that closes the token's row; -1 if there is none
+    newline: Tensor         # (newline_tokens,) int64: where newline number i stands in the sequence
+    is_patch: Tensor        # (N,) bool
+
+
+@lru_cache(maxsize=512)
+def _places(layout: ImageLayout, device: torch.device) -> Places:
+    if torch.is_inference_mode_enabled():  # a cached inference tensor could never serve a training step
+        with torch.inference_mode(False):
+            return _build_places(layout, device)
+    return _build_places(layout, device)
+
+
+def _build_places(layout: ImageLayout, device: torch.device) -> Places:
+    (height, width), per_tile = layout.tile, layout.thumbnail_tokens
+    alone = layout.crops == 0
+    patch = torch.arange(per_tile, device=device)
+    tile = torch.zeros_like(patch)
+    line = torch.full_like(patch, 0 if alone and layout.newlines else -1)
+    if alone:
+        if layout.newlines:
+            tile, patch, line = (torch.cat([t, t.new_full((1,), v)]) for t, v in ((tile, -1), (patch, 0), (line, 0)))
+    else:
+        r = torch.arange(*layout.rows, device=device)[:, None]
+        c = torch.arange(*layout.columns, device=device)[None]
+        crop_tile = 1 + (r // height) * layout.grid[1] + c // width                         # (rows, columns)
+        crop_patch = crop_tile * per_tile + (r % height) * width + c % width
+        crop_line = (r - layout.rows[0]).expand_as(crop_tile)
+        if layout.newlines:
+            end = torch.ones_like(r)
+            crop_tile = torch.cat([crop_tile, -end], 1)
+            crop_patch = torch.cat([crop_patch, 0 * end], 1)
+            crop_line = torch.cat([crop_line, r - layout.rows[0]], 1)
+        else:
+            crop_line = torch.full_like(crop_line, -1)
+        tile, patch, line = (torch.cat([a, b.flatten()])
+                             for a, b in ((tile, crop_tile), (patch, crop_patch), (line, crop_line)))
+    is_patch = tile >= 0
+    first = per_tile if alone else per_tile + layout.size[1]
+    step = 1 if alone else layout.size[1] + 1
+    newline = first + step * torch.arange(layout.newline_tokens, device=device)
+    return Places(tile=tile, patch=patch, line=line, newline=newline, is_patch=is_patch)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """One vision layer's projections for B pictures of T tiles, as its q_proj and k_proj gave them.
+
+    `query` is the first token's, which is [CLS] where the tower has one; S counts every token of a tile.
+    """
+
+    query: Tensor           # (B, T, H, d)
+    keys: Tensor            # (B, T, S, H, d)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """B pictures of one layout, ready to be reduced; signals are computed when read.
+
+    `features` (B, N, D) are the projected tokens in the order of the language model. `vision` holds the layers that
+    the reducer named in its `captures`. `question` (B, Q, D) are the input embeddings of the text that follows the
+    picture in its prompt, right-padded, `question_mask` (B, Q) bool which of them are real.
+    """
+
+    features: Tensor
+    layout: ImageLayout
+    vision: Mapping[int, LayerState] = field(default_factory=dict)
+    question: Tensor | None = None
+    question_mask: Tensor | None = None
+
+    @property
+    def places(self) -> Places:
+        return self.layout.places(self.features.device)
+
+    def layer(self, layer: int) -> LayerState:
+        """Queries and keys of one vision layer; raises SignalError if they were not captured."""
+        if layer not in self.vision:
+            raise SignalError(f"vision layer {layer} was not captured (captured: {sorted(self.vision) or 'none'}); "
+                              f"name it in the reducer's `captures`")
+        return self.vision[layer]
+
+    def has_cls(self, layer: int = -1) -> bool:
+        """Whether the vision tower puts a [CLS] token before its patches."""
+        return self.layer(layer).keys.shape[2] > self.layout.thumbnail_tokens
+
+    def cls_logits(self, layer: int = -1) -> Tensor:
+        """[CLS] row of a layer before the softmax, q k^T / sqrt(d), averaged over heads. (B, N) float32, 0 at newlines."""
+        return self._spread(self._cls_row(layer).mean(2))
+
+    def cls_attention(self, layer: int = -1) -> Tensor:
+        """[CLS] row of a layer's attention, averaged over heads. (B, N) float32, 0 at newlines.
+
+        Softmaxed over every token of the tile, [CLS] and padding included, as the tower itself does.
+        """
+        return self._spread(self._cls_row(layer).softmax(-1).mean(2))
+
+    def keys(self, layer: int = -1) -> Tensor:
+        """Keys of a layer averaged over heads. (B, N, d) float32, 0 at newlines."""
+        return self._spread(self.layer(layer).keys.float().mean(3))
+
+    def _cls_row(self, layer: int) -> Tensor:
+        state = self.layer(layer)
+        if not self.has_cls(layer):
+            raise SignalError("this vision tower has no [CLS] token, so there is no [CLS] attention; use a reducer that "
+                              "does without (GlobalCom2 and GlobalRank with scores='cosine' or 'auto', AveragePool, ...)")
+        scale = state.query.shape[-1] ** -0.5
+        return torch.einsum("bthd,btshd->bths", state.query.float(), state.keys.float()) * scale     # (B, T, H, S)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """(B, T, S, ...) of every tile -> (B, N, ...) in sequence order, zero at newlines."""
+        x = x[:, :, x.shape[2] - self.layout.thumbnail_tokens:].flatten(1, 2)
+        x = x.index_select(1, self.places.patch)
+        keep = self.places.is_patch.view(1, -1, *[1] * (x.ndim - 2))
+        return x.masked_fill(~keep, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """What every token reducer returns, batch first. Heat-map, positions, un-merging and the report follow from it."""
+
+    tokens: Tensor                  # (B, K, D)
+    index: Tensor                   # (B, K) int64: the input position each output stands for, in reading order
+    source: Tensor                  # (B, N) int64: the output slot each input went to, -1 if dropped
+    mass: Tensor | None = None      # (B, K) how many inputs each output stands for (merging); None: one each
+    valid: Tensor | None = None     # (B, K) bool, for reproductions whose count depends on the data; None: all valid
+
+
+@runtime_checkable
+class Reducer(Protocol):
+    """A token reducer: K from the layout alone, then features to a `Reduction` of K tokens."""
+
+    def count(self, layout: Any) -> int: ...
+
+    def __call__(self, x: Tokens) -> Reduction: ...
+
+
+@dataclass(frozen=True)
+class ImageReducer(ABC):
+    """Base of the built-in reducers: a frozen dataclass whose fields are its configuration.
+
+    A subclass writes `reduce(x, k)`; the budget, the identity at `keep=1.0` and the checks are here. `captures` names
+    the vision layers whose queries and keys it reads (-1 is the last).
+    """
+
+    keep: float | int = 0.25
+
+    captures: ClassVar[tuple[int, ...]] = ()
+    reads_question: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def count(self, layout: ImageLayout) -> int:
+        """Tokens kept of a picture of this layout, newlines included."""
+        return keep_count(layout.tokens, self.keep)
+
+    def __call__(self, x: Tokens) -> Reduction:
+        k = self.count(x.layout)
+        return identity(x) if k == x.layout.tokens else self.reduce(x, k)
+
+    @abstractmethod
+    def reduce(self, x: Tokens, k: int) -> Reduction:
+        """Reduce N tokens to k < N."""
+
+
+def identity(x: Tokens) -> Reduction:
+    """Everything is kept, untouched."""
+    batch, n = x.features.shape[:2]
+    index = torch.arange(n, device=x.features.device).expand(batch, n)
+    return Reduction(tokens=x.features, index=index, source=index)
+
+
+def select(x: Tokens, index: Tensor) -> Reduction:
+    """The reduction that keeps the tokens at `index` (B, K) int64 and drops the rest."""
+    batch, k = index.shape
+    tokens = x.features.gather(1, index[..., None].expand(-1, -1, x.features.shape[-1]))
+    source = torch.full((batch, x.features.shape[1]), -1, dtype=torch.int64, device=index.device)
+    source = source.scatter(1, index, torch.arange(k, device=index.device).expand(batch, k))
+    return Reduction(tokens=tokens, index=index, source=source)
