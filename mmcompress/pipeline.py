@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .adapters import Adapter
+from .adapters import Adapter, Encoded
 from .config import WrapConfig
 from .prompt import PromptMap, as_mask, find_placeholders, padding_side, plan
 from .report import Stopwatch
@@ -47,11 +47,12 @@ class Run:
 
 
 def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfig,
-                  side: Literal["left", "right"] | None = None) -> Run:
+                  side: Literal["left", "right"] | None = None, encoded: Encoded | None = None) -> Run:
     """Encode and reduce the pictures of a call, and shorten its prompt to match.
 
     inputs   what the processor returned, with labels or position_ids (B, L) if wanted
     side     where prompts of unequal length are padded; None: as the caller's mask is
+    encoded  what `adapter.encode` made of these inputs, with the layers the reducer captures; None: encode them now
     """
     input_ids = inputs.get("input_ids")
     if input_ids is None:
@@ -63,7 +64,8 @@ def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfi
     run = Run(inputs={}, stopwatch=Stopwatch(input_ids.device))
 
     with run.stopwatch.stage("encode"):
-        encoded = adapter.encode(inputs, getattr(config.image, "captures", ()))
+        if encoded is None:
+            encoded = adapter.encode(inputs, getattr(config.image, "captures", ()))
     with run.stopwatch.stage("reduce"):
         question = _questions(adapter, host_ids, host_mask, spans) if getattr(config.image, "reads_question", False) else None
         reduced = _reduce(adapter, encoded, layouts, config.image, question)

@@ -73,13 +73,18 @@ class ImageLayout(Layout):
         return self.tile[0] * self.tile[1]
 
     @property
+    def canvas_tokens(self) -> int:
+        """Patches on the canvas. 0 without crops, and for slivers of pictures that padding swallows whole."""
+        return self.size[0] * self.size[1]
+
+    @property
     def newline_tokens(self) -> int:
         return (self.size[0] if self.crops else 1) if self.newlines else 0
 
     @property
     def patches(self) -> int:
         """Tokens that show a patch of the picture: all but the newlines."""
-        return self.thumbnail_tokens + self.size[0] * self.size[1]
+        return self.thumbnail_tokens + self.canvas_tokens
 
     @property
     def tokens(self) -> int:
@@ -87,6 +92,8 @@ class ImageLayout(Layout):
 
     def places(self, device: torch.device | str = "cpu") -> Places:
         """Where each of the N tokens lies, as tensors on `device` (cached)."""
+        if torch.compiler.is_compiling():
+            return _build_places(self, torch.device(device))
         return _places(self, torch.device(device))
 
 

@@ -35,7 +35,7 @@ def pooled_slots(layout: ImageLayout, k: int) -> tuple[list[int], list[int]]:
     rows, columns = layout.size
     newline = int(layout.newlines)
     of_canvas = layout.tokens - layout.thumbnail_tokens
-    for_canvas = min(round(k * of_canvas / layout.tokens), k - 1, of_canvas) if layout.crops else 0
+    for_canvas = min(round(k * of_canvas / layout.tokens), k - 1, of_canvas) if layout.canvas_tokens else 0
     if for_canvas < 1 + newline:
         for_canvas = 0
     for_thumbnail = k - for_canvas
@@ -43,7 +43,7 @@ def pooled_slots(layout: ImageLayout, k: int) -> tuple[list[int], list[int]]:
         for_thumbnail = layout.thumbnail_tokens
         for_canvas = k - for_thumbnail
     slots = [c for line in grid_cells(*layout.tile, _widths(*layout.tile, for_thumbnail, 0)) for c in line]
-    if layout.crops and for_canvas:
+    if layout.canvas_tokens and for_canvas:
         widths = _widths(rows, columns, for_canvas, newline)
         band = [i for i, size in enumerate(even_split(rows, len(widths))) for _ in range(size)]
         for r, cells in enumerate(grid_cells(rows, columns, widths)):
@@ -51,10 +51,8 @@ def pooled_slots(layout: ImageLayout, k: int) -> tuple[list[int], list[int]]:
             slots += [start + c for c in cells]
             if newline:
                 slots.append(start + cells[-1] + 1)
-    elif layout.crops:
-        slots += [-1] * of_canvas
-    else:
-        slots += [for_thumbnail] * for_canvas if for_canvas else [-1] * newline
+    else:                                                           # newlines alone, or a canvas that nothing is left for
+        slots += [for_thumbnail + i if i < for_canvas else -1 for i in range(of_canvas)]
     places: list[list[int]] = [[] for _ in range(k)]
     for place, slot in enumerate(slots):
         if slot >= 0:

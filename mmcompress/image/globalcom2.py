@@ -85,7 +85,7 @@ class GlobalCom2(ImageReducer):
         thumbnail = thumbnail_map(local, layout)
         guided = self.alpha * spread_over_canvas(thumbnail, layout) + (1 - self.alpha) * local
         weight = torch.full_like(local[:, :1], layout.thumbnail_tokens)
-        if layout.crops:
+        if layout.canvas_tokens:
             mass, shown = crop_mass(thumbnail, layout)
             weight = torch.cat([weight, crop_tokens(layout, local.device) * self._rates(mass, shown, kind)], 1)
         ranking = apportion(guided, places.tile, weight)
@@ -105,7 +105,7 @@ class GlobalCom2(ImageReducer):
 
 def _paper_code_bound(layout: ImageLayout, keep: float) -> int:
     """The most tokens that the authors' rule can keep: every crop at its largest rate, R (2 - 1/n)."""
-    if not layout.crops or keep == 1.0:
+    if not layout.canvas_tokens or keep == 1.0:
         return layout.tokens
     rate = min(1.0, keep * (2 - 1 / layout.crops))
     sizes = crop_tokens(layout, torch.device("cpu")).tolist()
@@ -115,7 +115,7 @@ def _paper_code_bound(layout: ImageLayout, keep: float) -> int:
 def _paper_code(x: Tokens, keep: float, bound: int) -> Reduction:
     """The authors' selection (llava/model/llava_arch.py of their repository), vectorised over a batch."""
     layout, places = x.layout, x.places
-    if not layout.crops:
+    if not layout.canvas_tokens:
         return identity(x)                                          # a single tile is not compressed there
     logits = x.cls_logits(-1)                                                                        # (B, N)
     batch, n = logits.shape

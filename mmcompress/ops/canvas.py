@@ -20,7 +20,7 @@ def spread_over_canvas(thumbnail: Tensor, layout: ImageLayout) -> Tensor:
     thumbnail (B, h, w) -> (B, N): the thumbnail's tokens keep their own value, newlines get 0.
     """
     own = thumbnail.flatten(1)
-    if not layout.crops:
+    if not layout.canvas_tokens:
         return F.pad(own, (0, layout.newline_tokens))
     canvas = F.interpolate(thumbnail[:, None], size=layout.size, mode="bilinear", align_corners=False)[:, 0]
     return torch.cat([own, F.pad(canvas, (0, int(layout.newlines))).flatten(1)], 1)

@@ -77,21 +77,21 @@ def _keep_with_open_rows(scores: Tensor, places: Places, k: int) -> Tensor:
     batch, n = scores.shape
     lines = len(places.newline)
     has_line = places.is_patch & (places.line >= 0)
-    line = torch.where(has_line, places.line, lines).expand(batch, n)                  # `lines`: no row to open
+    line = torch.where(has_line, places.line, lines).expand(batch, n)                  # number `lines`: no row to open
     rank = ranks(scores.masked_fill(~places.is_patch, -torch.inf))                                   # (B, N)
     first = torch.full((batch, lines + 1), n, dtype=rank.dtype, device=rank.device)
     first = first.scatter_reduce(1, line, torch.where(has_line, rank, n), "amin")                    # (B, lines + 1)
     opens = has_line & (rank == first.gather(1, line))
-    cost = torch.where(places.is_patch, 1 + opens.long(), k + 1)                       # newlines come with their row only
+    # a newline comes with its row; one whose row shows nothing (a sliver of a picture) stands for itself, ranked last
+    cost = torch.where(places.is_patch, 1 + opens.long(), (first.gather(1, places.line.clamp_min(0).expand(batch, n)) == n).long())
     spent = torch.zeros_like(rank).scatter(1, rank, cost).cumsum(1).gather(1, rank)    # after this token, in rank order
     chosen = spent <= k
     left = k - (cost * chosen).sum(1, keepdim=True)                                                  # (B, 1): 0 or 1
     opened = torch.zeros_like(first).scatter_reduce(1, line, (chosen & has_line).long(), "amax")
     waiting = rank + n * ((opened.gather(1, line) == 0) & has_line) + 4 * n * (chosen | ~places.is_patch)
     chosen = chosen.scatter(1, waiting.argmin(1, keepdim=True), left > 0) | chosen
-    open_newline = opened[:, :lines].bool()
-    chosen = chosen.scatter(1, places.newline.expand(batch, lines), open_newline)
-    return mask_to_index(chosen, k)
+    newlines = torch.zeros_like(chosen).scatter(1, places.newline.expand(batch, lines), opened[:, :lines] > 0)
+    return mask_to_index(chosen | newlines, k)
 
 
 def mask_to_index(mask: Tensor, k: int) -> Tensor:

@@ -1,0 +1,231 @@
+"""Time to first token of LLaVA-NeXT-7B, stock and wrapped, stage by stage, next to the ideal.
+
+    python benchmarks/ttft.py --out ttft.csv                # one GPU, the 7B shape with random weights
+    python benchmarks/ttft.py --profile                     # does a reducer wait for the device? (exit 1 if it does)
+    python benchmarks/ttft.py --small --device cpu          # the same code on any machine; its times mean little
+
+Pictures are 672 x 672: five tiles, 2,928 packed tokens, with 64 tokens of text. All times are milliseconds, medians of
+`--repeats` runs after two of warm-up.
+
+encode, reduce, pack, prefill   the report's stages. Stock: encode is get_image_features, prefill the language model on
+                                its ready features
+ttft                            one whole forward from pixels to the logits of the first token, host included
+decode                          one more token on the cache this left
+ideal                           stock encode, plus the language model alone on that many inputs_embeds
+ideal/ttft                      1 means that reducing and packing cost nothing; the rest is their price
+peak                            GiB allocated at most during the forward, weights included
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import build_model, clock, positive, print_table, versions, write_csv
+from torch.profiler import ProfilerActivity, profile, record_function
+from tqdm import tqdm
+
+import mmcompress
+from mmcompress.adapters import adapter_for
+from mmcompress.image import GlobalCom2, GlobalRank
+from mmcompress.tokens import Tokens
+
+METHODS = {"globalcom2": GlobalCom2, "global_rank": GlobalRank}
+SIDE, TEXT = 672, 64                    # pixels of a picture; tokens of text in a prompt, <s> included
+STAGES = ("encode", "reduce", "pack", "prefill")
+COLUMNS = ("method", "keep", "batch", "tokens", *STAGES, "ttft", "decode", "ideal", "ideal/ttft", "stock/ttft", "peak")
+
+Row = dict[str, Any]
+
+
+def make_inputs(model: Any, batch: int) -> dict[str, torch.Tensor]:
+    """What the processor returns for `batch` prompts of one picture each, with random pixels and text."""
+    layout = adapter_for(model).layout(SIDE, SIDE)
+    place = model.config.image_token_id
+    ids = torch.randint(3, place, (batch, TEXT), device=model.device)
+    picture = torch.full((batch, layout.tokens), place, device=model.device)
+    before = TEXT // 4
+    ids = torch.cat([ids[:, :before], picture, ids[:, before:]], 1)
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(batch, layout.tiles, 3, side, side, device=model.device, dtype=model.dtype)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels,
+            "image_sizes": torch.tensor([[SIDE, SIDE]] * batch, device=model.device)}
+
+
+def measure(call: Any, model: Any, repeats: int, after: Any = None) -> Row:
+    """Time to first token of `call`, its peak memory, and a decode step on the cache it leaves."""
+    device, cuda = model.device, model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    ttft = clock(call, device, repeats, after=after)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None
+    out = call()
+    step = {"input_ids": out.logits[:, -1].argmax(-1, keepdim=True), "past_key_values": out.past_key_values}
+    return {"ttft": ttft, "decode": clock(lambda: model(**step), device, repeats), "peak": peak}
+
+
+def measure_stock(model: Any, inputs: Row, repeats: int) -> Row:
+    device = model.device
+    pictures = {k: inputs[k] for k in ("pixel_values", "image_sizes")}
+    encode = clock(lambda: model.model.get_image_features(**pictures), device, repeats)
+    features = {"image": model.model.get_image_features(**pictures)}
+    ready = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "mm_encoder_outputs": features}
+    prefill = clock(lambda: model(**ready, logits_to_keep=1), device, repeats)
+    del features, ready
+    return {"encode": encode, "reduce": None, "pack": None, "prefill": prefill,
+            **measure(lambda: model(**inputs, logits_to_keep=1), model, repeats)}
+
+
+def measure_wrapped(model: Any, reducer: Any, inputs: Row, repeats: int) -> Row:
+    stages: list[dict[str, float]] = []
+    with mmcompress.wrap(model, image=reducer) as w:
+        row = measure(lambda: w(**inputs, logits_to_keep=1), model, repeats,
+                      after=lambda out: stages.append(w.report.milliseconds))
+    return {**{stage: statistics.median(s[stage] for s in stages) for stage in STAGES}, **row}
+
+
+def ideal_prefill(model: Any, batch: int, tokens: int, repeats: int) -> float:
+    """The language model alone, given that many tokens."""
+    width = model.config.text_config.hidden_size
+    embeds = torch.randn(batch, tokens + TEXT, width, device=model.device, dtype=model.dtype)
+
+    def first_token() -> torch.Tensor:
+        hidden = model.model.language_model(inputs_embeds=embeds, use_cache=True).last_hidden_state
+        return model.lm_head(hidden[:, -1:])
+
+    return clock(first_token, model.device, repeats)
+
+
+def run(model: Any, keeps: Sequence[float], batches: Sequence[int], methods: Sequence[str], repeats: int) -> list[Row]:
+    """One row per (method, keep, batch), the stock model first for each batch."""
+    rows = []
+    with tqdm(total=len(batches) * (1 + len(keeps) * (1 + len(methods))), unit="case") as bar:
+        for batch in batches:
+            inputs = make_inputs(model, batch)
+            stock = measure_stock(model, inputs, repeats)
+            full = adapter_for(model).layout(SIDE, SIDE)
+            cases: list[Row] = [{"method": "stock", "keep": 1.0, "tokens": full.tokens, **stock}]
+            bar.update()
+            ideals = {}
+            for keep in keeps:
+                tokens = GlobalCom2(keep=keep).count(full)
+                ideals[tokens] = stock["encode"] + ideal_prefill(model, batch, tokens, repeats)
+                bar.update()
+                for method in methods:
+                    reducer = METHODS[method](keep=keep)
+                    if reducer.count(full) != tokens:
+                        raise ValueError(f"{reducer} keeps {reducer.count(full)} of {full.tokens} tokens, not {tokens}")
+                    cases.append({"method": method, "keep": keep, "tokens": tokens,
+                                  **measure_wrapped(model, reducer, inputs, repeats)})
+                    bar.update()
+            if full.tokens not in ideals:
+                ideals[full.tokens] = stock["encode"] + ideal_prefill(model, batch, full.tokens, repeats)
+            for case in cases:
+                ideal = ideals[case["tokens"]]
+                rows.append({**case, "batch": batch, "ideal": ideal, "ideal/ttft": ideal / case["ttft"],
+                             "stock/ttft": stock["ttft"] / case["ttft"]})
+    return rows
+
+
+# does a reducer wait for the device? ----------------------------------------------------------------------------------
+
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
+HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero")     # what a CPU run can tell: values read back by the host
+HOST = torch.autograd.DeviceType.CPU
+
+
+def count_waits(model: Any, reducer: Any, batch: int) -> dict[str, int]:
+    """How often each kind of host synchronisation happens in one call of `reducer` on `batch` encoded pictures."""
+    inputs, adapter = make_inputs(model, batch), adapter_for(model)
+    layouts = adapter.layouts(inputs)
+    encoded = adapter.encode(inputs, reducer.captures)
+    x = Tokens(features=torch.stack(list(encoded.features)), layout=layouts[0],
+               vision=encoded.state(layouts, range(batch)))
+    reducer(x)                                                              # fills the cache of places
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")                             # raises where torch itself would wait
+        try:
+            reducer(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities) as profiler, record_function("the reducer"):
+        reducer(x)
+    events = profiler.events()
+    if cuda and not any(e.device_type != HOST for e in events):
+        raise RuntimeError("the profiler saw no kernel, so it would see no wait either; is another profiler attached?")
+    return {name: _count(events, name) for name in (WAITS if cuda else HOST_READS)}
+
+
+def _count(events: Any, name: str) -> int:
+    """Host events within the reducer's span, so that the profiler's own final synchronisation stays out."""
+    span = next(e.time_range for e in events if e.name == "the reducer" and e.device_type == HOST)
+    hits = 0
+    for e in (e for e in events if name in e.name):
+        within = span.start <= e.time_range.start <= span.end
+        hits += (within or e.device_type != HOST) and not _below(e, "aten::one_hot")    # it checks its range on CPUs only
+    return hits
+
+
+def _below(event: Any, name: str) -> bool:
+    parent = event.cpu_parent
+    while parent is not None and parent.name != name:
+        parent = parent.cpu_parent
+    return parent is not None
+
+
+def run_profile(model: Any, keeps: Sequence[float], batches: Sequence[int], methods: Sequence[str]) -> list[Row]:
+    cases = [(m, keep, batch) for m in methods for keep in keeps if keep < 1 for batch in batches]
+    return [{"method": m, "keep": keep, "batch": batch, **count_waits(model, METHODS[m](keep=keep), batch)}
+            for m, keep, batch in tqdm(cases, unit="case")]
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="two layers of width 64, batches 1 and 2, 2 repeats")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16; small: float32")
+    parser.add_argument("--repeats", type=positive, help="default: 11; small: 2")
+    parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.1])
+    parser.add_argument("--batch", type=positive, nargs="+", help="default: 1 8; small: 1 2")
+    parser.add_argument("--method", choices=tuple(METHODS), nargs="+", default=list(METHODS))
+    parser.add_argument("--profile", action="store_true", help="count host synchronisations instead of timing")
+    parser.add_argument("--out", type=Path, help="write the rows to this CSV file")
+    args = parser.parse_args(argv)
+
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    dtype = getattr(torch, args.dtype or ("float32" if args.small else "bfloat16"))
+    repeats = args.repeats or (2 if args.small else 11)
+    batches = args.batch or ([1, 2] if args.small else [1, 8])
+    model = build_model(device, dtype, args.small)
+    parameters = sum(p.numel() for p in model.parameters())
+    about = {**versions(device, dtype), "parameters": parameters}
+    title = ", ".join(f"{k} {v}" if k not in ("device", "dtype") else str(v) for k, v in about.items())
+    if args.profile:
+        rows = run_profile(model, args.keep, batches, args.method)
+        names = WAITS if device.type == "cuda" else HOST_READS
+        print_table(f"host synchronisations in one call of the reducer\n{title}", rows, ("method", "keep", "batch", *names))
+    else:
+        rows = run(model, args.keep, batches, args.method, repeats)
+        rows = [{**{c: row[c] for c in COLUMNS}, "n": repeats} for row in rows]
+        print_table(f"milliseconds, median of {repeats}; peak in GiB\n{title}", rows, COLUMNS)
+        names = ()
+    if args.out is not None:
+        write_csv(args.out, [{**row, **about} for row in rows])
+    return int(any(row[name] for row in rows for name in names))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

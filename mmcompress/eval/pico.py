@@ -1,0 +1,184 @@
+"""How much of pico's accuracy survives a reducer, on freshly drawn scenes.
+
+Every method sees the same questions and the same encoded pictures; only what happens after the projector differs.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter, Encoded, adapter_for
+from ..compat import base_of
+from ..config import WrapConfig
+from ..image import Uniform
+from ..pico import prompt, scenes
+from ..pipeline import reduce_inputs
+from .stats import wilson
+
+ALL_TOKENS = "all tokens"
+CANVASES = ((168, 336), (336, 168), (336, 336), (168, 504), (504, 168))         # height x width in pixels
+WEIGHTS = (1, 1, 5, 1, 1)
+ODD = 0.1                                                                       # share of pictures of other sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A picture, something to ask about it and the one right answer."""
+
+    image: Any                  # PIL
+    kind: str                   # "cards" or "receipt"
+    question: str
+    answer: str
+    size: tuple[int, int]       # height, width in pixels
+
+
+@dataclass(frozen=True)
+class Row:
+    """Accuracy of one method at one budget on one kind of question, with its 95 % interval."""
+
+    method: str
+    keep: float | int           # as asked
+    kind: str                   # "all", "cards", "receipt"
+    n: int
+    hits: int
+    accuracy: float
+    low: float
+    high: float
+    tokens_before: float        # of a picture, mean over the questions, newlines included
+    tokens_after: float
+
+
+def questions(n: int, seed: str = "eval") -> list[Question]:
+    """n questions about n scenes; question i depends on `seed` and i alone."""
+    return [_question(random.Random(f"{seed}/{i}")) for i in range(n)]
+
+
+def _question(rng: random.Random) -> Question:
+    size = _odd_size(rng) if rng.random() < ODD else rng.choices(CANVASES, WEIGHTS)[0]
+    kind, image, objects = scenes.scene(rng, *size)
+    [(question, answer)] = scenes.questions(rng, kind, objects, 1)
+    return Question(image, kind, question, answer, size)
+
+
+def _odd_size(rng: random.Random) -> tuple[int, int]:
+    """Any size of which the processor makes text neither much smaller nor much larger, as in pico's training."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    while True:
+        height, width = rng.randint(140, 540), rng.randint(140, 540)
+        canvas = select_best_resolution((height, width), [list(c) for c in CANVASES])
+        if 0.75 <= min(canvas[0] / height, canvas[1] / width) <= 1.5:
+            return height, width
+
+
+@torch.inference_mode()
+def evaluate(model: Any, processor: Any, reducers: Mapping[str, Any], n: int, seed: str = "eval", batch: int = 16,
+             progress: bool = True) -> list[Row]:
+    """Exact match of whole answers under each reducer. -> one Row per reducer and kind, in the order of `reducers`.
+
+    The answer is teacher-forced: one forward over prompt, answer and end of sequence, a hit if every one of the answer's
+    tokens, the end included, is the arg max. Greedy generation gives exactly this answer if and only if that holds.
+
+    reducers   label -> reducer, or None for all tokens. What precedes an "@" in a label is the row's method. A reducer
+               with a field `seed` gets another seed for every batch of questions.
+    batch      questions encoded together; they show pictures of one size
+    progress   a bar on stderr if that is a terminal
+    """
+    from tqdm import tqdm
+
+    if n < 1:
+        raise ValueError(f"n={n}: ask at least one question")
+    model = base_of(model)
+    adapter = adapter_for(model)
+    asked = {label: Uniform(keep=1.0) if r is None else r for label, r in reducers.items()}
+    layers = sorted({layer for r in asked.values() for layer in getattr(r, "captures", ())})
+    counts = {label: _Counts() for label in reducers}
+    with tqdm(total=n, unit="question", disable=None if progress else True) as bar:
+        for number, some in enumerate(_batches(questions(n, seed), batch)):
+            inputs = _inputs(processor, some).to(model.device, model.dtype)
+            encoded = adapter.encode(inputs, layers)
+            for label, reducer in asked.items():
+                if any(f.name == "seed" for f in fields(reducer)):
+                    reducer = replace(reducer, seed=number)
+                counts[label].add(some, *_hits(adapter, inputs, encoded, reducer))
+            bar.update(len(some))
+    return [row for label, r in asked.items() for row in counts[label].rows(label.partition("@")[0], r.keep)]
+
+
+def _batches(asked: Sequence[Question], batch: int) -> Iterator[list[Question]]:
+    """Questions about pictures of one size, at most `batch` at a time."""
+    for _, group in groupby(sorted(asked, key=lambda q: q.size), key=lambda q: q.size):
+        same = list(group)
+        yield from (same[i:i + batch] for i in range(0, len(same), batch))
+
+
+def _inputs(processor: Any, some: Sequence[Question]) -> Any:
+    """What the processor makes of prompts with their answers, padded on the right, and labels (B, L): -100 but in the answer."""
+    answers = [f" {q.answer}</s>" for q in some]
+    inputs = processor(images=[q.image for q in some], text=[prompt(q.question) + a for q, a in zip(some, answers)],
+                       padding=True, padding_side="right", return_tensors="pt")
+    ids = inputs["input_ids"]
+    labels = torch.full_like(ids, -100)
+    for row, (answer, mask) in enumerate(zip(answers, inputs["attention_mask"])):
+        end = int(mask.sum())
+        wanted = torch.tensor(processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        if not torch.equal(ids[row, end - len(wanted):end], wanted):
+            raise ValueError(f"the tokenizer joins prompt and answer {answer!r}; this evaluation is for pico's")
+        labels[row, end - len(wanted):end] = wanted
+    inputs["labels"] = labels
+    return inputs
+
+
+def _hits(adapter: Adapter, inputs: Any, encoded: Encoded, reducer: Any) -> tuple[Tensor, list[int], list[int]]:
+    """Which answers are right (B,) bool on the host, and tokens before and after per picture."""
+    run = reduce_inputs(adapter, inputs, WrapConfig(image=reducer), side="right", encoded=encoded)
+    labels = run.inputs.pop("labels")
+    first = int((labels != -100).any(0).nonzero()[0, 0])                    # logits of the column before it and later
+    logits = adapter.model(**run.inputs, logits_to_keep=labels.shape[1] - first + 1, use_cache=False).logits
+    wanted = labels[:, first:]
+    right = (logits[:, :-1].argmax(-1) == wanted) | (wanted == -100)        # (B, columns of answers)
+    return right.all(1).cpu(), [i.before for i in run.items], [i.after for i in run.items]
+
+
+class _Counts:
+    """Hits and tokens of one method, question by question."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bool, int, int]] = []
+
+    def add(self, some: Sequence[Question], right: Tensor, before: list[int], after: list[int]) -> None:
+        self.seen += zip((q.kind for q in some), right.tolist(), before, after)
+
+    def rows(self, method: str, keep: float | int) -> list[Row]:
+        """One row a kind; a kind that never came up has none."""
+        out = []
+        for kind in ("all", "cards", "receipt"):
+            seen = [s for s in self.seen if kind in ("all", s[0])]
+            if not seen:
+                continue
+            n, hits = len(seen), sum(s[1] for s in seen)
+            low, high = wilson(hits, n)
+            before, after = (math.fsum(s[i] for s in seen) / n for i in (2, 3))
+            out.append(Row(method, keep, kind, n, hits, hits / n, low, high, before, after))
+        return out
+
+
+def write_csv(rows: Sequence[Row], path: str | Path, device: str, seed: str = "eval") -> None:
+    """Rows as CSV, each with what it was measured on."""
+    where = {"seed": seed, "device": device, **{name: version(name) for name in ("torch", "transformers", "mmcompress")}}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        out = csv.DictWriter(file, [f.name for f in fields(Row)] + list(where))
+        out.writeheader()
+        out.writerows({**asdict(row), **where} for row in rows)
