@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import registry
 from .adapters import adapter_for
-from .compat import base_of
+from .compat import base_of, check_chunked_prefill
 from .config import Positions, WrapConfig
 from .errors import WrapError
 from .pipeline import Item, Run, reduce_inputs
@@ -307,6 +307,8 @@ def _generate(model: Any, inputs: Tensor | None = None, *args: Any, **kwargs: An
                          "conversation from scratch, or start it wrapped")
     if kwargs.get("input_ids") is None:
         raise ValueError("generate() with pictures needs input_ids; inputs_embeds alone do not tell where they stand")
+    if kwargs.get("prefill_chunk_size", getattr(kwargs.get("generation_config"), "prefill_chunk_size", None)):
+        check_chunked_prefill()
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(kwargs["input_ids"], model.generation_config)
     with torch.no_grad():

@@ -19,8 +19,11 @@ def check_newlines(policy: str) -> None:
 
 
 def topk_in_order(scores: Tensor, k: int) -> Tensor:
-    """Positions of the k largest scores, ascending. scores (B, N) -> (B, k) int64."""
-    return scores.topk(k, dim=1).indices.sort(1).values
+    """Positions of the k largest scores, ascending; ties go to the earlier one. scores (B, N) -> (B, k) int64.
+
+    A stable sort, since `topk` settles ties as it likes, by device and batch.
+    """
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :k].sort(1).values
 
 
 def ranks(scores: Tensor) -> Tensor:
