@@ -87,7 +87,8 @@ class Adapter(ABC):
 
     def outputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
         """Features per prompt, each (K, D) -> the `mm_encoder_outputs` that `forward` and `generate` take."""
-        return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+        pooled: Any = list(features)                # transformers annotates a tensor, and takes a list from this family
+        return {"image": BaseModelOutputWithPooling(pooler_output=pooled)}
 
     @contextmanager
     def capture(self, layers: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
@@ -96,7 +97,7 @@ class Adapter(ABC):
         handles, queries = [], {}
         try:
             for layer in layers:
-                attention, q_proj, k_proj, heads = vision_attention(self.model.model.vision_tower, layer)
+                q_proj, k_proj, heads = vision_projections(self.model.model.vision_tower, layer)
 
                 def take_query(_m: Any, _i: Any, out: Tensor, layer: int = layer, heads: int = heads) -> None:
                     queries[layer] = out[:, 0].detach().unflatten(-1, (heads, -1))
@@ -114,9 +115,9 @@ class Adapter(ABC):
                               f"ignores them: compile the language model instead, or use a reducer without [CLS] scores")
 
 
-def vision_attention(tower: nn.Module, layer: int) -> tuple[nn.Module, nn.Module, nn.Module, int]:
-    """Attention module of one vision layer, its query and key projections, and its number of heads."""
-    count = getattr(tower.config, "num_hidden_layers", None)
+def vision_projections(tower: Any, layer: int) -> tuple[nn.Module, nn.Module, int]:
+    """Query and key projections of one vision layer's attention, and its number of heads."""
+    count = getattr(tower.config, "num_hidden_layers", 0)
     stacks = [m for name, m in tower.named_modules()
               if isinstance(m, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "layer") and len(m) == count]
     if not stacks:
@@ -128,7 +129,7 @@ def vision_attention(tower: nn.Module, layer: int) -> tuple[nn.Module, nn.Module
     for q_name, k_name in (("q_proj", "k_proj"), ("query", "key")):
         for module in block.modules():
             if hasattr(module, q_name) and hasattr(module, k_name):
-                return module, getattr(module, q_name), getattr(module, k_name), tower.config.num_attention_heads
+                return getattr(module, q_name), getattr(module, k_name), tower.config.num_attention_heads
     raise SignalError(f"{type(tower).__name__}: its attention has no separate query and key projections to read; "
                       f"use a reducer that does without [CLS] scores (AveragePool, Uniform, Random)")
 

@@ -29,7 +29,7 @@ class LlavaNextAdapter(Adapter):
     def layout(self, height: int, width: int) -> ImageLayout:
         """Layout of a picture of this size in pixels, by the geometry of transformers' `pack_image_features`."""
         tile, side = tile_tokens(self.config), self.config.vision_config.image_size
-        best = select_best_resolution([height, width], self.config.image_grid_pinpoints)
+        best = select_best_resolution((height, width), self.config.image_grid_pinpoints)
         grid = best[0] // side, best[1] // side
         canvas = grid[0] * tile[0], grid[1] * tile[1]
         rows, columns = (0, canvas[0]), (0, canvas[1])

@@ -13,7 +13,7 @@ from .adapters import Adapter, Encoded
 from .config import WrapConfig
 from .prompt import PromptMap, as_mask, find_placeholders, padding_side, plan
 from .report import Stopwatch
-from .tokens import Layout, Reduction, Tokens
+from .tokens import ImageLayout, Reduction, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,9 @@ class Item:
 class Run:
     """One call's inputs, reduced: what the stock model takes, and the record of what was done."""
 
-    inputs: dict[str, Any]
+    rows: int                               # prompts
+    columns: int                            # length of the caller's prompts
+    inputs: dict[str, Any] = field(default_factory=dict)
     prompt: PromptMap | None = None         # None: no column was dropped
     items: list[Item] = field(default_factory=list)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -61,19 +63,28 @@ def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfi
     layouts = adapter.layouts(inputs)
     host_ids, host_mask = input_ids.cpu(), None if mask is None else mask.cpu()     # before the tower is launched
     spans = find_placeholders(host_ids, adapter.image_token_id, [layout.tokens for layout in layouts])
-    run = Run(inputs={}, stopwatch=Stopwatch(input_ids.device))
+    run = Run(rows=len(input_ids), columns=input_ids.shape[1], stopwatch=Stopwatch(input_ids.device))
 
+    def shorten(counts: list[int]) -> PromptMap | None:
+        return plan(input_ids, host_ids, host_mask, spans, counts, side or padding_side(host_mask))
+
+    counts_need_data = getattr(config.image, "count_is_bound", False)
+    question = None
+    with run.stopwatch.stage("plan"):
+        if not counts_need_data:                                # everything the host has to do is done before the tower runs
+            run.prompt = shorten([config.image.count(layout) for layout in layouts])
+        if getattr(config.image, "reads_question", False):
+            question = _questions(adapter, host_ids, host_mask, spans)
     with run.stopwatch.stage("encode"):
         if encoded is None:
             encoded = adapter.encode(inputs, getattr(config.image, "captures", ()))
     with run.stopwatch.stage("reduce"):
-        question = _questions(adapter, host_ids, host_mask, spans) if getattr(config.image, "reads_question", False) else None
         reduced = _reduce(adapter, encoded, layouts, config.image, question)
     with run.stopwatch.stage("pack"):
         run.items = [Item("image", row, layout, index, source, mass)
                      for (row, _), layout, (_, index, source, mass) in zip(spans, layouts, reduced)]
-        run.prompt = plan(host_ids, host_mask, spans, [len(index) for _, index, _, _ in reduced],
-                          side or padding_side(host_mask))
+        if counts_need_data:
+            run.prompt = shorten([item.after for item in run.items])
         run.inputs = {k: v for k, v in inputs.items() if k not in adapter.encoder_inputs}
         run.inputs.update(_shortened(run, inputs, mask, spans, config.positions))
         rows: dict[int, list[Tensor]] = {}
@@ -87,10 +98,10 @@ def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfi
 Reduced = tuple[Tensor, Tensor, Tensor, "Tensor | None"]        # one picture's tokens, index, source, mass
 
 
-def _reduce(adapter: Adapter, encoded: Any, layouts: Sequence[Layout], reducer: Any,
+def _reduce(adapter: Adapter, encoded: Any, layouts: Sequence[ImageLayout], reducer: Any,
             question: tuple[Tensor, Tensor] | None) -> list[Reduced]:
     """Reduce pictures of equal layout together."""
-    groups: dict[Layout, list[int]] = {}
+    groups: dict[ImageLayout, list[int]] = {}
     for i, (features, layout) in enumerate(zip(encoded.features, layouts)):
         if len(features) != layout.tokens:
             raise ValueError(f"picture {i} has {len(features)} features where its layout has {layout.tokens} tokens; "
@@ -132,8 +143,7 @@ def _shortened(run: Run, inputs: Mapping[str, Any], mask: Tensor | None, spans: 
         return {}
     ids, prompt = inputs["input_ids"], run.prompt
     out: dict[str, Any] = {"input_ids": prompt.select(ids, 0)}
-    padded = bool((prompt.column < 0).any())
-    if mask is not None or padded or positions == "original":
+    if mask is not None or prompt.is_padded or positions == "original":
         full = torch.ones_like(ids) if mask is None else mask
         out["attention_mask"] = prompt.select(full, 0)
     for name, pad in (("labels", -100), ("token_type_ids", 0)):
@@ -152,7 +162,7 @@ def _original_positions(prompt: PromptMap, position_ids: Tensor, spans: Sequence
     """Each kept token's position in the full prompt. -> (B, L')"""
     out = prompt.select(position_ids, 0)
     for (row, columns), item in zip(spans, items):
-        first = int((prompt.column[row] == columns[0]).nonzero()[0])        # kept placeholders stand side by side
+        first = int((prompt.column[row] == columns[0]).nonzero()[0])            # a picture's kept placeholders stand together
         out[row, first:first + item.after] = position_ids[row, columns.to(out.device)[item.index]]
     return out
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 class PromptMap:
     """How the columns of a full prompt lie in the reduced one.
 
-    `column` (B, L') int64 gives the full prompt's column of each reduced column, -1 for padding. Columns that follow the
-    prompt (generated tokens, later turns) map to themselves, shifted.
+    `column` (B, L') int64, on the host, gives the full prompt's column of each reduced column, -1 for padding. Columns that
+    follow the prompt (generated tokens, later turns) map to themselves, shifted. With it a caller lays anything of the full
+    prompt's shape beside the reduced logits: `w.prompt.select(labels, -100)`.
     """
 
-    input_ids: Tensor           # (B, L), as the caller passed them
+    input_ids: Tensor           # (B, L), as the caller passed them, where the caller keeps them
     column: Tensor              # (B, L')
 
     @property
@@ -32,9 +34,18 @@ class PromptMap:
     def reduced(self) -> int:
         return self.column.shape[1]
 
+    @property
+    def is_padded(self) -> bool:
+        return bool((self.column < 0).any())
+
+    @cached_property
+    def _near(self) -> Tensor:
+        """The columns on the caller's device: copied once, before the vision tower is launched."""
+        return self.column.to(self.input_ids.device)
+
     def select(self, x: Tensor, pad: int) -> Tensor:
         """(B, L) -> (B, L'), with `pad` in the padding columns."""
-        column = self.column.to(x.device)
+        column = self._near.to(x.device)
         return x.gather(1, column.clamp_min(0)).masked_fill(column < 0, pad)
 
     def restore(self, sequences: Tensor) -> Tensor:
@@ -75,26 +86,27 @@ def find_placeholders(input_ids: Tensor, image_token_id: int, counts: Sequence[i
     return spans
 
 
-def plan(input_ids: Tensor, mask: Tensor | None, spans: Sequence[tuple[int, Tensor]], kept: Sequence[int],
+def plan(input_ids: Tensor, host_ids: Tensor, mask: Tensor | None, spans: Sequence[tuple[int, Tensor]], kept: Sequence[int],
          side: Literal["left", "right"]) -> PromptMap | None:
     """Drop all but the first `kept[i]` placeholders of picture i and all padding, then pad to one length on `side`.
 
-    Placeholders are alike, so which of them stay does not matter, and the plan needs no feature. None if nothing goes.
+    `host_ids` and `mask` (B, L) are `input_ids` and its mask on the host. Placeholders are alike, so which of them stay
+    does not matter, and the plan needs no feature. None if nothing goes.
     """
     if all(k == len(columns) for k, (_, columns) in zip(kept, spans)):
         return None
-    stays = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.cpu().bool().clone()
+    stays = torch.ones_like(host_ids, dtype=torch.bool) if mask is None else mask.bool().clone()
     for k, (row, columns) in zip(kept, spans):
         stays[row, columns[k:]] = False
     rows = [s.nonzero()[:, 0] for s in stays]
     length = max(len(r) for r in rows)
     column = torch.full((len(rows), length), -1, dtype=torch.int64)
     for row, columns in enumerate(rows):
-        column[row, length - len(columns):] = columns if side == "left" else -1
-        if side == "right":
-            column[row] = -1
-            column[row, :len(columns)] = columns
-    return PromptMap(input_ids, column)
+        start = length - len(columns) if side == "left" else 0
+        column[row, start:start + len(columns)] = columns
+    prompt = PromptMap(input_ids, column)
+    prompt._near                                                # noqa: B018
+    return prompt
 
 
 def padding_side(mask: Tensor | None) -> Literal["left", "right"]:

@@ -7,7 +7,7 @@ Outsiders add theirs with `register("image", "mine", "package.module:Class")`, o
 from __future__ import annotations
 
 from dataclasses import asdict, fields, is_dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -43,7 +43,7 @@ def available(slot: str) -> dict[str, str]:
     return {**_from_entry_points(slot), **_REDUCERS[slot]}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _from_entry_points(slot: str) -> dict[str, str]:
     prefix = f"{slot}."
     return {e.name[len(prefix):]: e.value for e in entry_points(group=ENTRY_POINTS) if e.name.startswith(prefix)}
@@ -80,7 +80,7 @@ def describe(slot: str, reducer: Any) -> dict[str, Any]:
     """The inverse of `build`: {"name": ..., fields that differ from their defaults, keep always}."""
     target = f"{type(reducer).__module__}:{type(reducer).__qualname__}"
     names = [name for name, known in available(slot).items() if known == target]
-    if not names or not is_dataclass(reducer):
+    if not names or not is_dataclass(reducer) or isinstance(reducer, type):
         raise ValueError(f"{target} is not registered, so its configuration cannot be saved; "
                          f"call mmcompress.register({slot!r}, NAME, {target!r}) first")
     defaults = {f.name: f.default for f in fields(reducer)}

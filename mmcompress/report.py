@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ class Stopwatch:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.cuda = torch.device(device).type == "cuda"
         self._spans: list[tuple[str, Mark, Mark]] = []
+        self._counts: Counter[str] = Counter()
 
     def _mark(self) -> Mark:
         if not self.cuda:
@@ -37,6 +39,7 @@ class Stopwatch:
             yield
         finally:
             self._spans.append((name, start, self._mark()))
+            self._counts[name] += 1
 
     def milliseconds(self) -> dict[str, float]:
         """Total per stage, in order of first use."""
@@ -49,7 +52,7 @@ class Stopwatch:
 
     def count(self, name: str) -> int:
         """How often a stage ran."""
-        return sum(n == name for n, _, _ in self._spans)
+        return self._counts[name]
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ class ItemReport:
 class Report:
     """What one call saved and cost.
 
-    Prompt lengths are columns of the batch, padding included. Milliseconds: `encode` (vision tower and projector),
-    `reduce`, `pack`, `prefill` (the first forward of the language model), `decode` (all later ones). KV bytes are those
-    of a full-precision cache of the prompt, all rows, computed from the configuration.
+    Prompt lengths are columns of the batch, padding included. Milliseconds: `plan` (the shorter prompt, on the host),
+    `encode` (vision tower and projector), `reduce`, `pack`, `prefill` (the first forward of the language model), `decode`
+    (all later ones). KV bytes are those of a full-precision cache of the prompt, all rows, computed from the configuration.
     """
 
     reducer: str

@@ -244,7 +244,8 @@ class ImageReducer(ABC):
     """Base of the built-in reducers: a frozen dataclass whose fields are its configuration.
 
     A subclass writes `reduce(x, k)`; the budget, the identity at `keep=1.0` and the checks are here. `captures` names
-    the vision layers whose queries and keys it reads (-1 is the last).
+    the vision layers whose queries and keys it reads (-1 is the last), `reads_question` asks for the prompt's text, and
+    `count_is_bound` is for reproductions whose count depends on the data (see `Reduction.valid`).
     """
 
     keep: float | int = 0.25

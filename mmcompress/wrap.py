@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MethodType
@@ -37,7 +38,7 @@ def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: An
 
     model      a transformers model of a known family, also inside PEFT or with accelerate hooks
     config     a YAML file such as "configs/globalcom2-25.yaml", instead of the keywords
-    image      a reducer, its registry name, or a dict {"name": ..., fields}
+    image      a reducer, its registry name, a dict {"name": ..., fields}, or a YAML file that configures one
     positions  "closed" (default) or "original", see `WrapConfig`
     """
     if isinstance(config, WrapConfig):
@@ -47,7 +48,7 @@ def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: An
             raise ValueError("pass either a configuration file or image=..., not both")
         chosen = WrapConfig.load(config)
     else:
-        chosen = WrapConfig(image=None if image is None else registry.build("image", image), positions=positions)
+        chosen = WrapConfig(image=_reducer(image), positions=positions)
     return Wrapped(model, chosen)
 
 
@@ -72,10 +73,16 @@ def compress(model: Any, inputs: Any, *, image: Any, positions: Positions = "clo
     """
     base = base_of(model)
     adapter = adapter_for(base)
-    config = WrapConfig(image=registry.build("image", image), positions=positions)
+    config = WrapConfig(image=_reducer(image), positions=positions)
     if not adapter.has_images(inputs):
         return dict(inputs)
     return reduce_inputs(adapter, inputs, config).inputs
+
+
+def _reducer(image: Any) -> Any:
+    if isinstance(image, str) and image.endswith((".yaml", ".yml")):
+        return WrapConfig.load(image).image
+    return None if image is None else registry.build("image", image)
 
 
 class Wrapped:
@@ -120,18 +127,22 @@ class Wrapped:
         return [] if self._run is None else self._run.items
 
     @property
+    def prompt(self) -> PromptMap | None:
+        """How the columns of the last reduced call lie in the shorter prompt; None if none was dropped."""
+        return None if self._run is None else self._run.prompt
+
+    @property
     def report(self) -> Report:
         """What the last reduced call saved and cost."""
         run = self._run
         if run is None:
             return Report(reducer=repr(self.config.image))
-        ids = run.inputs["input_ids"]
-        before = ids.shape[1] if run.prompt is None else run.prompt.full
-        size = lambda columns: kv_bytes(self.model.config, len(ids), columns, self.model.dtype)  # noqa: E731
+        after = run.columns if run.prompt is None else run.prompt.reduced
+        size = lambda columns: kv_bytes(self.model.config, run.rows, columns, self.model.dtype)  # noqa: E731
         return Report(reducer=repr(self.config.image), items=[describe_item(i) for i in run.items],
-                      prompt_before=before, prompt_after=ids.shape[1], milliseconds=run.stopwatch.milliseconds(),
+                      prompt_before=run.columns, prompt_after=after, milliseconds=run.stopwatch.milliseconds(),
                       decode_steps=run.stopwatch.count("decode"),
-                      kv_bytes_before=size(before), kv_bytes_after=size(ids.shape[1]))
+                      kv_bytes_before=size(run.columns), kv_bytes_after=size(after))
 
     def plot(self, image: Any, item: int = 0) -> Any:
         """The kept tokens over the picture: a matplotlib Figure. `item` numbers the pictures of the last call."""
@@ -198,8 +209,10 @@ class Wrapped:
         return self.active and self.adapter.has_images(kwargs)
 
     def start(self, kwargs: dict[str, Any], side: Any = None) -> Run:
-        self._run = reduce_inputs(self.adapter, kwargs, self.config, side)
-        return self._run
+        """Reduce a call; the handle keeps its record, not its tensors."""
+        run = reduce_inputs(self.adapter, kwargs, self.config, side)
+        self._run = replace(run, inputs={})
+        return run
 
     @cached_property
     def forward_names(self) -> list[str]:
@@ -259,7 +272,8 @@ def _mask_for_gaps(kwargs: dict[str, Any], handle: Wrapped) -> None:
 
 def _fit_mask_to_cache(kwargs: dict[str, Any]) -> None:
     """A caller's own decoding loop goes on with the mask of the full prompt: cut it to the cache's columns."""
-    cache, mask, ids = kwargs.get("past_key_values"), kwargs.get("attention_mask"), kwargs.get("input_ids")
+    cache: Any = kwargs.get("past_key_values")
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
     prompt: PromptMap | None = getattr(cache, _CACHE, None)
     if prompt is None or mask is None or ids is None or getattr(mask, "ndim", 0) != 2:
         return
@@ -311,8 +325,13 @@ def _generate(model: Any, inputs: Tensor | None = None, *args: Any, **kwargs: An
         check_chunked_prefill()
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(kwargs["input_ids"], model.generation_config)
+    prompt: PromptMap | None
     with torch.no_grad():
-        call, prompt = _continue(handle, earlier, kwargs) if earlier is not None else _begin(handle, kwargs)
+        if earlier is not None:
+            call, prompt = _continue(handle, earlier, kwargs)
+        else:
+            begun = handle.start(kwargs, side="left")           # generation reads the last column of every row
+            call, prompt = begun.inputs, begun.prompt
     if prompt is not None:
         _fit_lengths(call, prompt, model.generation_config)
         _fit_watchers(call, prompt)
@@ -333,11 +352,6 @@ def _generate(model: Any, inputs: Tensor | None = None, *args: Any, **kwargs: An
     return out
 
 
-def _begin(handle: Wrapped, kwargs: dict[str, Any]) -> tuple[dict[str, Any], PromptMap | None]:
-    run = handle.start(kwargs, side="left")         # generation reads the last column of every row
-    return run.inputs, run.prompt
-
-
 def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]) -> tuple[dict[str, Any], PromptMap]:
     """A later turn on a reduced cache: the columns it knows are mapped as before, new pictures are reduced."""
     ids, mask = kwargs["input_ids"], as_mask(kwargs)
@@ -350,12 +364,13 @@ def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]) -> tu
     positions = mask.long().cumsum(1).sub(1).clamp_min(0)
     new = {**kwargs, "input_ids": ids[:, earlier.full:], "attention_mask": mask[:, earlier.full:],
            "position_ids": positions[:, earlier.full:]}
+    later = None
     if handle.reduces(kwargs):
-        new = handle.start(new, side="left").inputs
-    later = handle._run.prompt if handle.reduces(kwargs) and handle._run is not None else None
+        run = handle.start(new, side="left")
+        new, later = run.inputs, run.prompt
     if later is None:                                       # no new picture, or one that is kept whole
         column = torch.arange(ids.shape[1] - earlier.full).expand(len(ids), -1)
-        later = PromptMap(ids[:, earlier.full:].cpu(), column)
+        later = PromptMap(ids[:, earlier.full:], column)
     prompt = earlier.then(later)
     call = {**new, "input_ids": prompt.select(ids, 0), "attention_mask": prompt.select(mask, 0)}
     before = earlier.select(positions[:, :earlier.full], 0)         # in the cache already; only their number matters

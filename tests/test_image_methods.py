@@ -100,7 +100,7 @@ def test_paper_code_saturates_as_the_notes_say():
 def paper_by_loops(probabilities, layout, k, temperature=0.5, alpha=0.5):
     """The paper's rule for one picture without newlines: Webster's apportionment of k to thumbnail and crops."""
     thumbnail = probabilities[0].view(1, 1, 24, 24)
-    (gh, gw), (r0, r1), (c0, c1) = layout.grid, layout.rows, layout.columns
+    (_, gw), (r0, r1), (c0, c1) = layout.grid, layout.rows, layout.columns
     density, sizes = [], []
     for j in range(layout.crops):
         gy, gx = divmod(j, gw)

@@ -18,16 +18,16 @@ def kept_by_definition(scores, layout, k):
     places = layout.places()
     ranking = [int(i) for i in scores.argsort(descending=True, stable=True) if places.is_patch[i]]
     chosen, rows, spent = [], set(), 0
-    for at, i in enumerate(ranking):
+    at = len(ranking)
+    for n, i in enumerate(ranking):
         line = int(places.line[i])
         cost = 1 + (line >= 0 and line not in rows)
         if spent + cost > k:
+            at = n
             break
         spent += cost
         chosen.append(i)
         rows |= {line} - {-1}
-    else:
-        at = len(ranking)
     if spent < k:
         open_ones = [i for i in ranking[at:] if int(places.line[i]) in rows or int(places.line[i]) < 0]
         chosen.append((open_ones or ranking[at:])[0])

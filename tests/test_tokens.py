@@ -89,7 +89,7 @@ def test_keep():
     assert keep_count(10, 0.01) == 1 and keep_count(3, 1.0) == 3 and keep_count(10, 0.3) == 3   # 10 * .3 = 3.0000000000000004
     assert keep_count(10, 0.7) == 7                                                             # 10 * .7 = 7.000000000000001
     for bad in (0, -1, 0.0, 1.5, -0.1, True, "0.5", float("nan")):
-        with pytest.raises(ValueError, match="keep="):
+        with pytest.raises(ValueError, match=r"keep="):
             check_keep(bad)
     with pytest.raises(ValueError, match=r"keep=1.5: a ratio lies in \(0, 1\]; pass an int for a token budget"):
         check_keep(1.5)
@@ -153,9 +153,9 @@ def test_cls_row_is_the_towers_own_attention():
 def test_asking_for_what_is_not_there():
     layout = ADAPTER.layout(48, 48)
     x = tokens_of(layout, cls=False)
-    with pytest.raises(SignalError, match="no \\[CLS\\] token.*scores='cosine'"):
+    with pytest.raises(SignalError, match=r"no \[CLS\] token.*scores='cosine'"):
         x.cls_attention()
-    with pytest.raises(SignalError, match="layer 3 was not captured.*captures"):
+    with pytest.raises(SignalError, match=r"layer 3 was not captured.*captures"):
         x.cls_attention(3)
 
 

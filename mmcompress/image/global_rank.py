@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from ..ops.canvas import spread_over_canvas, thumbnail_map
-from ..ops.ranking import NewlinePolicy, check_newline_budget, check_newlines, keep_with_newlines
+from ..ops.ranking import NewlinePolicy, keep_with_newlines
 from ..ops.scores import patch_scores
-from ..tokens import ImageLayout, ImageReducer, Reduction, Tokens, select
+from ..tokens import ImageReducer, Reduction, Tokens, select
 
 
 @dataclass(frozen=True)

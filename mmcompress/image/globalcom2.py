@@ -21,8 +21,7 @@ from torch import Tensor
 
 from ..budget import keep_count
 from ..ops.canvas import crop_mass, crop_tokens, spread_over_canvas, thumbnail_map
-from ..ops.ranking import (NewlinePolicy, apportion, check_newline_budget, check_newlines, keep_with_newlines,
-                           ranks_within)
+from ..ops.ranking import NewlinePolicy, apportion, check_newline_budget, check_newlines, keep_with_newlines, ranks_within
 from ..ops.scores import SCORES, Scores, patch_scores
 from ..tokens import ImageLayout, ImageReducer, Reduction, Tokens, identity, select
 
@@ -67,6 +66,10 @@ class GlobalCom2(ImageReducer):
                 raise ValueError("paper_code=True fixes temperature, alpha, scores and newlines; leave them out")
             if isinstance(self.keep, int):
                 raise ValueError(f"keep={self.keep}: paper_code=True takes a ratio, as the authors' code does")
+
+    @property
+    def count_is_bound(self) -> bool:
+        return self.paper_code
 
     def count(self, layout: ImageLayout) -> int:
         if self.paper_code:

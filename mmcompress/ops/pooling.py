@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from torch import Tensor
 def even_split(total: int, parts: int) -> list[int]:
     """`total` cut into `parts` integers that differ by at most one, the larger ones spread evenly."""
     edges = [total * i // parts for i in range(parts + 1)]
-    return [b - a for a, b in zip(edges, edges[1:])]
+    return [b - a for a, b in pairwise(edges)]
 
 
 def grid_cells(rows: int, columns: int, widths: list[int]) -> list[list[int]]:

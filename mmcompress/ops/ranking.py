@@ -86,7 +86,8 @@ def _keep_with_open_rows(scores: Tensor, places: Places, k: int) -> Tensor:
     first = first.scatter_reduce(1, line, torch.where(has_line, rank, n), "amin")                    # (B, lines + 1)
     opens = has_line & (rank == first.gather(1, line))
     # a newline comes with its row; one whose row shows nothing (a sliver of a picture) stands for itself, ranked last
-    cost = torch.where(places.is_patch, 1 + opens.long(), (first.gather(1, places.line.clamp_min(0).expand(batch, n)) == n).long())
+    alone = first.gather(1, places.line.clamp_min(0).expand(batch, n)) == n
+    cost = torch.where(places.is_patch, 1 + opens.long(), alone.long())
     spent = torch.zeros_like(rank).scatter(1, rank, cost).cumsum(1).gather(1, rank)    # after this token, in rank order
     chosen = spent <= k
     left = k - (cost * chosen).sum(1, keepdim=True)                                                  # (B, 1): 0 or 1

@@ -24,7 +24,7 @@ def load(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
     from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
     processor = LlavaNextProcessor.from_pretrained(WEIGHTS)
-    model = LlavaNextForConditionalGeneration.from_pretrained(WEIGHTS, dtype=dtype, **options)
+    model: Any = LlavaNextForConditionalGeneration.from_pretrained(WEIGHTS, dtype=dtype, **options)
     return model.to(device).eval(), processor
 
 
