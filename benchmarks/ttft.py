@@ -7,11 +7,11 @@
 Pictures are 672 x 672: five tiles, 2,928 packed tokens, with 64 tokens of text. All times are milliseconds, medians of
 `--repeats` runs after two of warm-up.
 
-encode, reduce, pack, prefill   the report's stages. Stock: encode is get_image_features, prefill the language model on
-                                its ready features
+plan, encode, reduce, pack, prefill     the report's stages. Stock: encode is get_image_features, prefill the language
+                                        model on its ready features
 ttft                            one whole forward from pixels to the logits of the first token, host included
 decode                          one more token on the cache this left
-ideal                           stock encode, plus the language model alone on that many inputs_embeds
+ideal                           the stock encoder, then the language model alone on that many inputs_embeds
 ideal/ttft                      1 means that reducing and packing cost nothing; the rest is their price
 peak                            GiB allocated at most during the forward, weights included
 """
@@ -37,7 +37,8 @@ from mmcompress.tokens import Tokens
 
 METHODS = {"globalcom2": GlobalCom2, "global_rank": GlobalRank}
 SIDE, TEXT = 672, 64                    # pixels of a picture; tokens of text in a prompt, <s> included
-STAGES = ("encode", "reduce", "pack", "prefill")
+PICTURES = ("pixel_values", "image_sizes")
+STAGES = ("plan", "encode", "reduce", "pack", "prefill")
 COLUMNS = ("method", "keep", "batch", "tokens", *STAGES, "ttft", "decode", "ideal", "ideal/ttft", "stock/ttft", "peak")
 
 Row = dict[str, Any]
@@ -71,13 +72,12 @@ def measure(call: Any, model: Any, repeats: int, after: Any = None) -> Row:
 
 def measure_stock(model: Any, inputs: Row, repeats: int) -> Row:
     device = model.device
-    pictures = {k: inputs[k] for k in ("pixel_values", "image_sizes")}
+    pictures = {k: inputs[k] for k in PICTURES}
     encode = clock(lambda: model.model.get_image_features(**pictures), device, repeats)
     features = {"image": model.model.get_image_features(**pictures)}
     ready = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "mm_encoder_outputs": features}
     prefill = clock(lambda: model(**ready, logits_to_keep=1), device, repeats)
-    del features, ready
-    return {"encode": encode, "reduce": None, "pack": None, "prefill": prefill,
+    return {**dict.fromkeys(STAGES), "encode": encode, "prefill": prefill,
             **measure(lambda: model(**inputs, logits_to_keep=1), model, repeats)}
 
 
@@ -89,12 +89,14 @@ def measure_wrapped(model: Any, reducer: Any, inputs: Row, repeats: int) -> Row:
     return {**{stage: statistics.median(s[stage] for s in stages) for stage in STAGES}, **row}
 
 
-def ideal_prefill(model: Any, batch: int, tokens: int, repeats: int) -> float:
-    """The language model alone, given that many tokens."""
-    width = model.config.text_config.hidden_size
+def measure_ideal(model: Any, tokens: int, inputs: Row, repeats: int) -> float:
+    """The stock encoder, then the language model alone on that many tokens: what a free reducer would take."""
+    batch, width = len(inputs["input_ids"]), model.config.text_config.hidden_size
     embeds = torch.randn(batch, tokens + TEXT, width, device=model.device, dtype=model.dtype)
+    pictures = {k: inputs[k] for k in PICTURES}
 
     def first_token() -> torch.Tensor:
+        model.model.get_image_features(**pictures)
         hidden = model.model.language_model(inputs_embeds=embeds, use_cache=True).last_hidden_state
         return model.lm_head(hidden[:, -1:])
 
@@ -114,7 +116,7 @@ def run(model: Any, keeps: Sequence[float], batches: Sequence[int], methods: Seq
             ideals = {}
             for keep in keeps:
                 tokens = GlobalCom2(keep=keep).count(full)
-                ideals[tokens] = stock["encode"] + ideal_prefill(model, batch, tokens, repeats)
+                ideals[tokens] = measure_ideal(model, tokens, inputs, repeats)
                 bar.update()
                 for method in methods:
                     reducer = METHODS[method](keep=keep)
@@ -124,7 +126,7 @@ def run(model: Any, keeps: Sequence[float], batches: Sequence[int], methods: Seq
                                   **measure_wrapped(model, reducer, inputs, repeats)})
                     bar.update()
             if full.tokens not in ideals:
-                ideals[full.tokens] = stock["encode"] + ideal_prefill(model, batch, full.tokens, repeats)
+                ideals[full.tokens] = measure_ideal(model, full.tokens, inputs, repeats)
             for case in cases:
                 ideal = ideals[case["tokens"]]
                 rows.append({**case, "batch": batch, "ideal": ideal, "ideal/ttft": ideal / case["ttft"],

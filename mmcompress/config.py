@@ -19,15 +19,18 @@ class WrapConfig:
     """What is reduced and how the shorter prompt is laid out.
 
     positions    "closed": kept tokens close up, as if the picture had been that small; "original": each keeps the
-                 position it had in the full prompt, and the text after it too
+                 position it had in the full prompt, and the text after it too; None: what the reducer was made for, its
+                 attribute `positions`
     """
 
     image: Any = None
-    positions: Positions = "closed"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         if self.image is None:
             raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25)")
+        if self.positions is None:
+            object.__setattr__(self, "positions", getattr(self.image, "positions", "closed"))
         if self.positions not in ("closed", "original"):
             raise ValueError(f"positions={self.positions!r}: 'closed' or 'original'")
 
@@ -41,7 +44,7 @@ class WrapConfig:
         if unknown := sorted(set(data) - {"image", "positions"}):
             raise ValueError(f"unknown keys {', '.join(unknown)}; a configuration has image and positions")
         return cls(image=registry.build("image", data["image"]) if data.get("image") is not None else None,
-                   positions=data.get("positions", "closed"))
+                   positions=data.get("positions"))
 
     @classmethod
     def load(cls, path: str | Path) -> WrapConfig:

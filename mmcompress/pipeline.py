@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, Encoded
-from .config import WrapConfig
+from .config import Positions, WrapConfig
 from .prompt import PromptMap, as_mask, find_placeholders, padding_side, plan
 from .report import Stopwatch
 from .tokens import ImageLayout, Reduction, Tokens
@@ -137,7 +137,7 @@ def _item(reduction: Reduction, j: int) -> Reduced:
 
 
 def _shortened(run: Run, inputs: Mapping[str, Any], mask: Tensor | None, spans: Sequence[tuple[int, Tensor]],
-               positions: str) -> dict[str, Any]:
+               positions: Positions | None) -> dict[str, Any]:
     """input_ids, attention_mask, labels and position_ids of the shorter prompt; nothing where no column was dropped."""
     if run.prompt is None:
         return {}

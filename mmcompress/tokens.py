@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -244,14 +244,16 @@ class ImageReducer(ABC):
     """Base of the built-in reducers: a frozen dataclass whose fields are its configuration.
 
     A subclass writes `reduce(x, k)`; the budget, the identity at `keep=1.0` and the checks are here. `captures` names
-    the vision layers whose queries and keys it reads (-1 is the last), `reads_question` asks for the prompt's text, and
-    `count_is_bound` is for reproductions whose count depends on the data (see `Reduction.valid`).
+    the vision layers whose queries and keys it reads (-1 is the last), `reads_question` asks for the prompt's text,
+    `positions` is where the language model sees the kept tokens unless the user says otherwise, and `count_is_bound` is
+    for reproductions whose count depends on the data (see `Reduction.valid`).
     """
 
     keep: float | int = 0.25
 
     captures: ClassVar[tuple[int, ...]] = ()
     reads_question: ClassVar[bool] = False
+    positions: ClassVar[Literal["closed", "original"]] = "closed"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

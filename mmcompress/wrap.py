@@ -33,13 +33,13 @@ _METHODS = ("forward", "generate")
 
 
 def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: Any = None,
-         positions: Positions = "closed") -> Wrapped:
+         positions: Positions | None = None) -> Wrapped:
     """Make a LLaVA-style transformers model reduce its pictures' tokens; undo it with `remove()` or a `with` block.
 
     model      a transformers model of a known family, also inside PEFT or with accelerate hooks
     config     a YAML file such as "configs/globalcom2-25.yaml", instead of the keywords
     image      a reducer, its registry name, a dict {"name": ..., fields}, or a YAML file that configures one
-    positions  "closed" (default) or "original", see `WrapConfig`
+    positions  "closed" or "original"; by default what the reducer was made for, see `WrapConfig`
     """
     if isinstance(config, WrapConfig):
         chosen = config
@@ -65,7 +65,7 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def compress(model: Any, inputs: Any, *, image: Any, positions: Positions = "closed") -> dict[str, Any]:
+def compress(model: Any, inputs: Any, *, image: Any, positions: Positions | None = None) -> dict[str, Any]:
     """The pure form: processor inputs -> inputs of the stock `forward` or `generate`, with the pictures reduced.
 
     The result holds input_ids, attention_mask and the like of the shorter prompt, and `mm_encoder_outputs` instead of

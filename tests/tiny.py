@@ -113,7 +113,8 @@ def row_of(model, inputs, rows, i):
 def greedy_reference(model, inputs, reducer, steps):
     """Greedy decoding of one prompt by hand: no wrap, no prompt surgery, no cache, no generate.
 
-    The pictures are reduced one at a time and their tokens put among the text's embeddings. -> token ids (steps,)
+    The pictures are reduced one at a time and their tokens put among the text's embeddings, at the positions the reducer
+    was made for. -> token ids (steps,)
     """
     from mmcompress.tokens import Tokens
 
@@ -122,21 +123,28 @@ def greedy_reference(model, inputs, reducer, steps):
     encoded = adapter.encode(inputs, getattr(reducer, "captures", ()))
     ids = inputs["input_ids"][0]
     embed = model.get_input_embeddings()
-    parts, at = [], 0
+    parts, places, at = [], [], 0
     for i, layout in enumerate(layouts):
         start = at + int((ids[at:] == IMAGE_OF(model)).nonzero()[0])
         after = ids[start + layout.tokens:]
         question = after[after != IMAGE_OF(model)]
         x = Tokens(encoded.features[i][None], layout, encoded.state(layouts, [i]), embed(question)[None],
                    torch.ones(1, len(question), dtype=torch.bool))
-        parts += [embed(ids[at:start]), reducer(x).tokens[0]]
+        reduced = reducer(x)
+        parts += [embed(ids[at:start]), reduced.tokens[0]]
+        places += [torch.arange(at, start), start + reduced.index[0]]
         at = start + layout.tokens
     sequence = torch.cat([*parts, embed(ids[at:])])[None]
+    places = torch.cat([*places, torch.arange(at, len(ids))])[None]
+    if getattr(reducer, "positions", "closed") == "closed":
+        places = torch.arange(sequence.shape[1])[None]
     out = []
     for _ in range(steps):
-        hidden = model.model.language_model(inputs_embeds=sequence, use_cache=False).last_hidden_state
+        hidden = model.model.language_model(inputs_embeds=sequence, position_ids=places, use_cache=False,
+                                            attention_mask=torch.ones(sequence.shape[:2])).last_hidden_state
         out.append(int(model.lm_head(hidden[:, -1]).argmax()))
         sequence = torch.cat([sequence, embed(torch.tensor([[out[-1]]]))], 1)
+        places = torch.cat([places, places[:, -1:] + 1], 1)
     return torch.tensor(out)
 
 

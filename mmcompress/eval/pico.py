@@ -48,7 +48,7 @@ class Row:
     """Accuracy of one method at one budget on one kind of question, with its 95 % interval."""
 
     method: str
-    keep: float | int           # as asked
+    keep: float | int           # as asked; NaN if the reducer has no such field
     kind: str                   # "all", "cards", "receipt"
     n: int
     hits: int
@@ -90,7 +90,7 @@ def evaluate(model: Any, processor: Any, reducers: Mapping[str, Any], n: int, se
     The answer is teacher-forced: one forward over prompt, answer and end of sequence, a hit if every one of the answer's
     tokens, the end included, is the arg max. Greedy generation gives exactly this answer if and only if that holds.
 
-    reducers   label -> reducer, or None for all tokens. What precedes an "@" in a label is the row's method. A reducer
+    reducers   label -> reducer, WrapConfig (to choose positions), or None for all tokens. What precedes an "@" in a label is the row's method. A reducer
                with a field `seed` gets another seed for every batch of questions.
     batch      questions encoded together; they show pictures of one size
     progress   a bar on stderr if that is a terminal
@@ -101,19 +101,26 @@ def evaluate(model: Any, processor: Any, reducers: Mapping[str, Any], n: int, se
         raise ValueError(f"n={n}: ask at least one question")
     model = base_of(model)
     adapter = adapter_for(model)
-    asked = {label: Uniform(keep=1.0) if r is None else r for label, r in reducers.items()}
-    layers = sorted({layer for r in asked.values() for layer in getattr(r, "captures", ())})
+    asked = {label: _config(r) for label, r in reducers.items()}
+    layers = sorted({layer for config in asked.values() for layer in getattr(config.image, "captures", ())})
     counts = {label: _Counts() for label in reducers}
     with tqdm(total=n, unit="question", disable=None if progress else True) as bar:
         for number, some in enumerate(_batches(questions(n, seed), batch)):
             inputs = _inputs(processor, some).to(model.device, model.dtype)
             encoded = adapter.encode(inputs, layers)
-            for label, reducer in asked.items():
-                if any(f.name == "seed" for f in fields(reducer)):
-                    reducer = replace(reducer, seed=number)
-                counts[label].add(some, *_hits(adapter, inputs, encoded, reducer))
+            for label, config in asked.items():
+                if hasattr(config.image, "seed"):
+                    config = replace(config, image=replace(config.image, seed=number))
+                counts[label].add(some, *_hits(adapter, inputs, encoded, config))
             bar.update(len(some))
-    return [row for label, r in asked.items() for row in counts[label].rows(label.partition("@")[0], r.keep)]
+    return [row for label, config in asked.items()
+            for row in counts[label].rows(label.partition("@")[0], getattr(config.image, "keep", math.nan))]
+
+
+def _config(reducer: Any) -> WrapConfig:
+    if isinstance(reducer, WrapConfig):
+        return reducer
+    return WrapConfig(image=Uniform(keep=1.0) if reducer is None else reducer)
 
 
 def _batches(asked: Sequence[Question], batch: int) -> Iterator[list[Question]]:
@@ -124,7 +131,7 @@ def _batches(asked: Sequence[Question], batch: int) -> Iterator[list[Question]]:
 
 
 def _inputs(processor: Any, some: Sequence[Question]) -> Any:
-    """What the processor makes of prompts with their answers, padded on the right, and labels (B, L): -100 but in the answer."""
+    """What the processor makes of prompts with their answers, padded on the right; labels (B, L) are -100 outside answers."""
     answers = [f" {q.answer}</s>" for q in some]
     inputs = processor(images=[q.image for q in some], text=[prompt(q.question) + a for q, a in zip(some, answers)],
                        padding=True, padding_side="right", return_tensors="pt")
@@ -140,9 +147,9 @@ def _inputs(processor: Any, some: Sequence[Question]) -> Any:
     return inputs
 
 
-def _hits(adapter: Adapter, inputs: Any, encoded: Encoded, reducer: Any) -> tuple[Tensor, list[int], list[int]]:
+def _hits(adapter: Adapter, inputs: Any, encoded: Encoded, config: WrapConfig) -> tuple[Tensor, list[int], list[int]]:
     """Which answers are right (B,) bool on the host, and tokens before and after per picture."""
-    run = reduce_inputs(adapter, inputs, WrapConfig(image=reducer), side="right", encoded=encoded)
+    run = reduce_inputs(adapter, inputs, config, side="right", encoded=encoded)
     labels = run.inputs.pop("labels")
     first = int((labels != -100).any(0).nonzero()[0, 0])                    # logits of the column before it and later
     logits = adapter.model(**run.inputs, logits_to_keep=labels.shape[1] - first + 1, use_cache=False).logits
@@ -169,7 +176,7 @@ class _Counts:
                 continue
             n, hits = len(seen), sum(s[1] for s in seen)
             low, high = wilson(hits, n)
-            before, after = (math.fsum(s[i] for s in seen) / n for i in (2, 3))
+            before, after = sum(s[2] for s in seen) / n, sum(s[3] for s in seen) / n
             out.append(Row(method, keep, kind, n, hits, hits / n, low, high, before, after))
         return out
 

@@ -1,26 +1,113 @@
-"""GlobalRank: the thumbnail commands one ranking over all crops (ours, after GlobalCom2)."""
+"""GlobalRank: the thumbnail commands one ranking over all crops, and what repeats steps back (ours, after GlobalCom2).
+
+From GlobalCom2 (Liu et al., 2025): a crop token's score mixes the crop's own [CLS] attention with the thumbnail's,
+resized onto the crops. Ours: one ranking over the whole canvas instead of crop budgets; the thumbnail's own tokens stay out;
+a token counts for what it adds to better-ranked ones (the one-shot suppression of MatrixNMS, Wang et al., SOLOv2, 2020,
+on feature similarity instead of overlap); newlines of kept rows are paid for; kept tokens keep their original positions.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..budget import keep_count
 from ..ops.canvas import spread_over_canvas, thumbnail_map
-from ..ops.ranking import NewlinePolicy, keep_with_newlines
+from ..ops.ranking import NewlinePolicy, check_newline_budget, check_newlines, keep_with_newlines, ranks
 from ..ops.scores import patch_scores
-from ..tokens import ImageReducer, Reduction, Tokens, select
+from ..ops.similarity import redundancy
+from ..tokens import ImageLayout, ImageReducer, Reduction, Tokens, select
 
 
 @dataclass(frozen=True)
 class GlobalRank(ImageReducer):
-    """placeholder docstring, finalised after the experiments"""
+    """One ranking over all crops: score x (1 - likeness to the most alike better-scored token) ^ redundancy.
 
+    keep         share of the picture's tokens, newlines included, or an exact count
+    alpha        weight of the thumbnail's score in a crop token's score, in [0, 1]; both maps at unit L2 norm
+    smooth       width in tokens, odd, of a horizontal mean of the scores, so that a word is kept whole; 1: none
+    redundancy   how much repetition costs; 0: nothing
+    thumbnail    share of the thumbnail's own tokens that stay, best first, in [0, 1]; 0: it only commands
+    scores       "attention": [CLS] attention of the last vision layer; "cosine": distinctness, for towers without [CLS];
+                 "auto": the first where the tower has a [CLS] token
+    newlines     "kept": the newline of each row that keeps a token, "all", "none"; paid from the budget
+
+    A thumbnail alone (LLaVA-1.5, single tiles) is ranked by its own scores.
+    """
+
+    alpha: float = 0.5
+    smooth: int = 3
+    redundancy: float = 1.0
+    thumbnail: float = 0.0
+    scores: Literal["auto", "attention", "cosine"] = "auto"
     newlines: NewlinePolicy = "kept"
+
     captures: ClassVar[tuple[int, ...]] = (-1,)
+    positions: ClassVar[Literal["closed", "original"]] = "original"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_newlines(self.newlines)
+        for name in ("alpha", "thumbnail"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: lies in [0, 1]")
+        if self.smooth < 1 or self.smooth % 2 == 0:
+            raise ValueError(f"smooth={self.smooth}: an odd width in tokens, 1 for none")
+        if self.redundancy < 0:
+            raise ValueError(f"redundancy={self.redundancy}: at least 0, 0 for none")
+        if self.scores not in ("auto", "attention", "cosine"):
+            raise ValueError(f"scores={self.scores!r}: one of auto, attention, cosine")
+
+    def count(self, layout: ImageLayout) -> int:
+        k = keep_count(layout.tokens, self.keep)
+        check_newline_budget(layout, k, self.newlines)
+        return k
 
     def reduce(self, x: Tokens, k: int) -> Reduction:
-        local = patch_scores(x, "attention")
-        spread = spread_over_canvas(thumbnail_map(local, x.layout), x.layout)
-        score = local + spread
-        score = score.masked_fill(x.places.tile == 0, -1)
-        return select(x, keep_with_newlines(score, x.places, k, self.newlines))
+        layout, places = x.layout, x.places
+        kind: Literal["attention", "cosine"] = (
+            ("attention" if x.has_cls() else "cosine") if self.scores == "auto" else self.scores)
+        local = patch_scores(x, kind)                                                                # (B, N)
+        ranked = (places.tile > 0) if layout.canvas_tokens else (places.tile == 0)                   # (N,)
+        spread = spread_over_canvas(thumbnail_map(local, layout), layout)
+        score = (1 - self.alpha) * _unit(local * ranked) + self.alpha * _unit(spread * ranked)
+        score = _smooth(score, layout, self.smooth)
+        if self.redundancy:
+            repeats = redundancy(x.features, ranks(score.masked_fill(~ranked, -1)), ranked, layout)
+            score = score * (1 - repeats) ** self.redundancy
+        if layout.canvas_tokens:
+            score = torch.where(ranked, score, self._of_thumbnail(local, layout))
+        return select(x, keep_with_newlines(score, places, k, self.newlines))
+
+    def _of_thumbnail(self, local: Tensor, layout: ImageLayout) -> Tensor:
+        """Scores that put the thumbnail's best `thumbnail` share before every crop token and the rest behind. (B, N)"""
+        own = local[:, :layout.thumbnail_tokens]
+        rank = ranks(own)
+        first = rank < round(self.thumbnail * layout.thumbnail_tokens)
+        score = torch.where(first, 1e3, -1e3) - rank
+        return F.pad(score, (0, layout.tokens - layout.thumbnail_tokens))
+
+
+def _unit(scores: Tensor) -> Tensor:
+    return scores / scores.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def _smooth(scores: Tensor, layout: ImageLayout, width: int) -> Tensor:
+    """Horizontal mean over `width` tokens of one row. (B, N)"""
+    if width == 1:
+        return scores
+
+    def mean(grid: Tensor) -> Tensor:                                                                # (B, rows, columns)
+        return F.avg_pool2d(grid[:, None], (1, width), 1, (0, width // 2), count_include_pad=False)[:, 0]
+
+    own = mean(thumbnail_map(scores, layout)).flatten(1)
+    if not layout.canvas_tokens:
+        return F.pad(own, (0, layout.newline_tokens))
+    newline = int(layout.newlines)
+    rows, columns = layout.size
+    canvas = scores[:, layout.thumbnail_tokens:].unflatten(1, (rows, columns + newline))[:, :, :columns]
+    return torch.cat([own, F.pad(mean(canvas), (0, newline)).flatten(1)], 1)

@@ -1,7 +1,8 @@
 """Pictures of what was kept and of what it cost. Needs matplotlib: pip install "mmcompress[viz]"."""
 
+from .figure import save
 from .overlay import kept_maps, plot_kept
 from .pareto import plot_pareto
 from .sheet import contact_sheet
 
-__all__ = ["contact_sheet", "kept_maps", "plot_kept", "plot_pareto"]
+__all__ = ["contact_sheet", "kept_maps", "plot_kept", "plot_pareto", "save"]

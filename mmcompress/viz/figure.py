@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 INK, SOFT, ACCENT = "#20242b", "#6b7280", "#e4572e"     # text, secondary text, what stands out
@@ -30,6 +31,12 @@ def _figure_class() -> Any:
             return buffer.getvalue()
 
     return NotebookFigure
+
+
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure, making its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def axes_at(fig: Any, left: float, top: float, width: float, height: float) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .figure import ACCENT, INK, SOFT, axes_at, new_figure, text_at
+from .figure import ACCENT, SOFT, axes_at, new_figure, text_at
 
 TOP, LEFT, GAP, CAPTION, NARROW = 0.62, 0.15, 0.22, 0.3, 1.5        # inches; a panel's caption needs at least NARROW
 
@@ -110,14 +110,14 @@ def draw_view(ax: Any, view: View) -> None:
 def _fine(picture: np.ndarray, rows: int, columns: int) -> tuple[int, int]:
     """A size of about 1000 pixels in which every cell is a whole number of pixels high and wide."""
     scale = max(1.0, 1000 / max(picture.shape[:2]))
-    return tuple(max(4, round(scale * side / cells)) * cells                                # type: ignore[return-value]
-                 for side, cells in zip(picture.shape[:2], (rows, columns)))
+    fit = lambda side, cells: max(4, round(scale * side / cells)) * cells  # noqa: E731
+    return fit(picture.shape[0], rows), fit(picture.shape[1], columns)
 
 
 def _dim(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Grey out what was dropped. picture (H, W, 3), kept (R, C) with H and W multiples of R and C -> (H, W, 3)"""
     rgb = picture.astype(np.float32)
-    pale = 0.28 * rgb @ np.float32([0.299, 0.587, 0.114]) + 0.72 * 226
+    pale = 0.28 * rgb @ np.array([0.299, 0.587, 0.114], np.float32) + 0.72 * 226
     factor = picture.shape[0] // kept.shape[0], picture.shape[1] // kept.shape[1]
     bright = np.kron(kept, np.ones(factor, np.float32))[..., None]
     return (bright * rgb + (1 - bright) * pale[..., None]).astype(np.uint8)
@@ -127,7 +127,8 @@ def _outline(ax: Any, kept: np.ndarray, strong: bool) -> None:
     """A fine grid around every kept cell; where cells stand for merged groups, each is boxed."""
     from matplotlib.collections import LineCollection
 
-    inner, border = [], []
+    inner: list[Any] = []
+    border: list[Any] = []
     padded = np.pad(kept, 1).astype(int)
     across, down = padded[:-1, 1:-1] + padded[1:, 1:-1], padded[1:-1, :-1] + padded[1:-1, 1:]
     for sides, horizontal in ((across, True), (down, False)):
@@ -158,6 +159,3 @@ def _resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     from PIL import Image
 
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
-
-
-__all__ = ["INK", "View", "canvas_view", "draw_view", "kept_maps", "plot_kept", "read_image"]

@@ -23,7 +23,7 @@ def plot_pareto(rows: Sequence[Any], kinds: Sequence[str] = ("cards", "receipt")
     if unknown := sorted(set(kinds) - {r.kind for r in rows}):
         raise ValueError(f"no rows of kind {', '.join(map(repr, unknown))}; there are "
                          f"{', '.join(sorted({repr(r.kind) for r in rows})) or 'none'}")
-    fig = new_figure(4.6 * len(kinds) + 1.9, 4.1)
+    fig = new_figure(4.6 * len(kinds) + 1.6, 4.1)
     panels = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     methods = list(dict.fromkeys(r.method for r in rows if not _whole(r)))
     for ax, kind in zip(panels, kinds):
@@ -36,9 +36,9 @@ def plot_pareto(rows: Sequence[Any], kinds: Sequence[str] = ("cards", "receipt")
                 ax.axhspan(row.low, row.high, color=INK, alpha=0.06, linewidth=0, zorder=0)
                 break
         _dress(ax, kind, here, log)
-    panels[0].set_ylabel("exact answers", color=INK)
+    panels[0].set_ylabel("exact answers, 95 % intervals", color=INK)
     handles, labels = panels[0].get_legend_handles_labels()
-    fig.tight_layout(rect=(0, 0, 1 - 1.75 / fig.get_size_inches()[0], 1))
+    fig.tight_layout(rect=(0, 0, 1 - 1.5 / fig.get_size_inches()[0], 1))
     fig.legend(handles, labels, loc="center right", frameon=False, fontsize=9)
     return fig
 

@@ -1,0 +1,267 @@
+"""The command line: demo, run, list, eval pico, viz. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from .docs import Method
+    from .eval import Row
+
+DEFAULT = "global_rank"                 # the method of demo, eval and viz
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Group(TyperGroup):
+    """Ends what the user can mend (a wrong value, a lost file, an unknown model) as one line, with exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from .errors import SignalError, WrapError
+
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, ImportError, SignalError, WrapError) as e:
+            if ctx.params.get("debug"):
+                raise
+            err.print(f"error: {_one_line(e)}", style="red", markup=False)
+            raise typer.Exit(2) from e
+
+
+def _one_line(e: Exception) -> str:
+    if isinstance(e, ModuleNotFoundError) and e.name == "matplotlib":
+        return 'this needs matplotlib: pip install "mmcompress[viz]"'
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return lines[0] if lines else type(e).__name__
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False, help="Fewer image tokens in stock transformers models.")
+eval_app = typer.Typer(no_args_is_help=True, help="What a reducer costs in accuracy.")
+app.add_typer(eval_app, name="eval")
+
+Name = Annotated[str, typer.Option("--method", help="A name that `mmcompress list` shows.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Keep = Annotated[str, typer.Option(help="Share of the picture's tokens in (0, 1], or a count without a dot, such as 186.")]
+Options = Annotated[list[str] | None, typer.Option("--option", help="A field of the reducer, key=value; repeatable.")]
+Model = Annotated[str, typer.Option(help="Hub id or folder of a supported checkpoint, or 'pico', which is embedded.")]
+Device = Annotated[str, typer.Option(help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', 'mps'.")]
+Dtype = Annotated[str, typer.Option(help="'auto' (the checkpoint's; float32 on a CPU), 'float32', 'bfloat16', 'float16'.")]
+Attn = Annotated[str, typer.Option(help="attn_implementation: 'sdpa', 'eager', 'flash_attention_2'.")]
+
+
+@app.callback()
+def _main(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
+    """Fewer image tokens in stock transformers models."""
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("out/demo"), keep: Keep = "0.25",
+         method: Name = DEFAULT, as_json: Json = False) -> None:
+    """Six questions about three pictures, answered by pico with all and with few image tokens, offline."""
+    from .demo import run_demo
+
+    result = run_demo(reducer_of(method, keep), out)
+    if as_json:
+        return emit(result)
+    table = Table()
+    for name in ("question", "truth", "stock", "wrapped"):
+        table.add_column(name)
+    table.add_column("tokens", justify="right")
+    for a in result["answers"]:
+        table.add_row(a["question"], a["truth"], *(_marked(a[side], a["truth"]) for side in ("stock", "wrapped")),
+                      f"{a['tokens_before']} → {a['tokens_after']}")
+    times = Table()
+    times.add_column("")
+    for stage in result["milliseconds"]["stock"]:
+        times.add_column(stage, justify="right")
+    for side, ms in result["milliseconds"].items():
+        times.add_row(side, *(f"{value:.1f}" for value in ms.values()))
+    print(f"pico with all tokens, and with {result['reducer']}")
+    Console().print(table)
+    print(f"\nmilliseconds a question, median of {len(result['answers'])} ({result['device']})")
+    Console().print(times)
+    print("six questions are an anecdote; `mmcompress eval pico` measures", "", *result["files"], sep="\n")
+
+
+def _marked(answer: str, truth: str) -> str:
+    return f"[green]{answer}[/green]" if answer == truth else f"[red]{answer}[/red]"
+
+
+@app.command()
+def run(model: Model, image: Annotated[list[Path], typer.Option(help="A picture; repeatable.")],
+        prompt: Annotated[str, typer.Option(help="The question, without image placeholders.")],
+        image_reducer: Annotated[str | None, typer.Option(help="As `mmcompress list` shows; default globalcom2.")] = None,
+        keep: Annotated[str | None, typer.Option(help="A share in (0, 1], or a count without a dot; default 0.25.")] = None,
+        option: Options = None,
+        config: Annotated[Path | None, typer.Option(help="A YAML file instead of the reducer's options.")] = None,
+        max_new_tokens: int = 128, device: Device = "auto", dtype: Dtype = "auto", attn: Attn = "sdpa",
+        plot: Annotated[Path | None, typer.Option(help="Write the kept tokens of the first picture here.")] = None,
+        as_json: Json = False) -> None:
+    """Ask a checkpoint about pictures with fewer image tokens; print the answer and what it saved."""
+    from .checkpoint import chat, load, open_picture
+    from .config import WrapConfig
+    from .wrap import wrap
+
+    if config is not None and (image_reducer, keep, option) != (None, None, None):
+        raise ValueError("pass either --config or --image-reducer, --keep and --option, not both")
+    chosen = WrapConfig.load(config) if config is not None else WrapConfig(
+        image=reducer_of(image_reducer or "globalcom2", keep or "0.25", option))
+    pictures = [open_picture(path) for path in image]
+    loaded, processor = load(model, device, dtype, attn)
+    inputs = processor(images=pictures, text=chat(processor, prompt, len(pictures)), return_tensors="pt")
+    with wrap(loaded, chosen) as w:
+        ids = w.generate(**inputs.to(loaded.device, loaded.dtype), max_new_tokens=max_new_tokens, do_sample=False)
+        report = w.report
+        if plot is not None:
+            from .viz import save
+
+            save(w.plot(pictures[0]), plot)
+    answer = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+    if as_json:
+        return emit({"model": model, "prompt": prompt, "answer": answer, "report": report.to_dict(),
+                     "plot": None if plot is None else str(plot)})
+    print(f"{answer}\n\n{report}" + ("" if plot is None else f"\n{plot}"))
+
+
+@app.command("list")
+def list_methods(markdown: Annotated[bool, typer.Option("--markdown", help="The table of README.md.")] = False,
+                 as_json: Json = False) -> None:
+    """Every registered reducer with its options."""
+    from .docs import methods, methods_table
+
+    if as_json:
+        return emit({"methods": [vars(m) for m in methods()]})
+    if markdown:
+        return print(methods_table(), end="")
+    Console().print(_methods(methods()))
+
+
+def _methods(found: list[Method]) -> Table:
+    table = Table(show_lines=True)
+    for name in ("name", "class", "what it is", "options"):
+        table.add_column(name, no_wrap=name in ("name", "class"))
+    for m in found:
+        table.add_row(f"[bold]{m.name}[/bold]", m.target.partition(":")[2], m.about.replace("[", "\\["),
+                      "\n".join(f"{k}={v!r}" for k, v in m.options.items()))
+    return table
+
+
+@eval_app.command("pico")
+def eval_pico(methods: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = DEFAULT,
+              keep: Annotated[str, typer.Option(help="Budgets, comma-separated.")] = "0.1,0.25,0.5",
+              n: Annotated[int, typer.Option(help="Questions.")] = 500, seed: str = "eval",
+              out: Annotated[Path, typer.Option(help="Folder for the CSV and the plot.")] = Path("out/eval-pico"),
+              batch: int = 16, device: Device = "auto", dtype: Dtype = "auto", as_json: Json = False) -> None:
+    """Accuracy of the embedded model on fresh scenes under each method and budget, with 95 % intervals."""
+    from .checkpoint import PICO, device_name, load
+    from .eval import ALL_TOKENS, evaluate, write_csv
+    from .registry import available
+    from .viz import plot_pareto, save
+
+    names = list(available("image")) if methods == "all" else _split(methods)
+    reducers: dict[str, Any] = {ALL_TOKENS: None}
+    reducers.update({f"{name}@{k}": reducer_of(name, k) for name in names for k in _split(keep)})
+    model, processor = load(PICO, device, dtype, "sdpa")
+    rows = evaluate(model, processor, reducers, n, seed, batch)
+    write_csv(rows, out / "pico.csv", device=device_name(model), seed=seed)
+    kinds = [k for k in ("cards", "receipt") if any(r.kind == k for r in rows)]
+    save(plot_pareto(rows, kinds), out / "pico.png")
+    files = [str(out / "pico.csv"), str(out / "pico.png")]
+    if as_json:
+        return emit({"rows": [vars(r) for r in rows], "seed": seed, "device": device_name(model), "files": files})
+    print(f"exact answers in % and 95 % interval, pico ({device_name(model)})")
+    Console().print(_accuracies(rows))
+    print("", *files, sep="\n")
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _accuracies(rows: list[Row]) -> Table:
+    kinds = list(dict.fromkeys(r.kind for r in rows))
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    table.add_column("keep", justify="right")
+    table.add_column("tokens", justify="right")
+    for kind in kinds:
+        table.add_column(f"{kind} ({next(r.n for r in rows if r.kind == kind)})", justify="right")
+    for r in rows:
+        if r.kind == "all":
+            same = {s.kind: s for s in rows if (s.method, s.keep) == (r.method, r.keep)}
+            table.add_row(r.method, str(r.keep), f"{r.tokens_after:.0f}",
+                          *(f"{100 * same[k].accuracy:.1f} ({100 * same[k].low:.0f}-{100 * same[k].high:.0f})" for k in kinds))
+    return table
+
+
+@app.command()
+def viz(image: Annotated[Path, typer.Option(help="A picture.")], out: Annotated[Path, typer.Option(help="The PNG to write.")],
+        method: Name = DEFAULT, keep: Keep = "0.25",
+        option: Options = None, model: Model = "pico",
+        prompt: Annotated[str, typer.Option(help="For methods that read the question.")] = "describe the picture.",
+        device: Device = "auto", dtype: Dtype = "auto", attn: Attn = "sdpa", as_json: Json = False) -> None:
+    """Draw which tokens of a picture a method keeps; the language model does not run."""
+    import torch
+
+    from .adapters import adapter_for
+    from .checkpoint import chat, load, open_picture
+    from .config import WrapConfig
+    from .pipeline import reduce_inputs
+    from .viz import plot_kept, save
+
+    picture, reducer = open_picture(image), reducer_of(method, keep, option)
+    loaded, processor = load(model, device, dtype, attn)
+    inputs = processor(images=[picture], text=chat(processor, prompt, 1), return_tensors="pt")
+    with torch.inference_mode():
+        done = reduce_inputs(adapter_for(loaded), inputs.to(loaded.device, loaded.dtype), WrapConfig(image=reducer))
+    [item] = done.items
+    save(plot_kept(picture, item), out)
+    if as_json:
+        return emit({"reducer": repr(reducer), "tokens_before": item.before, "tokens_after": item.after, "files": [str(out)]})
+    print(f"{reducer}: {item.before} -> {item.after} tokens\n{out}")
+
+
+# what the commands share
+
+
+def emit(result: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def parse_keep(text: str) -> float | int:
+    """"0.25" -> a share, "186" -> a count; raises ValueError on anything else."""
+    try:
+        return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"--keep {text}: a share such as 0.25, or a count such as 186") from None
+
+
+def reducer_of(name: str, keep: str, options: list[str] | None = None) -> Any:
+    """A registered image reducer from what the command line says; values of options are read as YAML."""
+    import yaml
+
+    from . import registry
+
+    fields: dict[str, Any] = {"keep": parse_keep(keep)}
+    for option in options or ():
+        key, equals, value = option.partition("=")
+        if not equals or not key or key in ("name", "keep"):
+            raise ValueError(f"--option {option}: key=value with a field of the reducer; the budget is --keep")
+        fields[key] = yaml.safe_load(value)
+    return registry.build("image", {"name": name, **fields})
+
+
+def main() -> None:
+    """Entry point of the `mmcompress` command."""
+    app()
