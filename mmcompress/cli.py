@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -56,6 +56,7 @@ Options = Annotated[list[str] | None, typer.Option("--option", help="A field of 
 Model = Annotated[str, typer.Option(help="Hub id or folder of a supported checkpoint, or 'pico', which is embedded.")]
 Device = Annotated[str, typer.Option(help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', 'mps'.")]
 Dtype = Annotated[str, typer.Option(help="'auto' (the checkpoint's; float32 on a CPU), 'float32', 'bfloat16', 'float16'.")]
+Where = Annotated[str | None, typer.Option("--positions", help="'closed' or 'original'; default: what the method is made for.")]
 Attn = Annotated[str, typer.Option(help="attn_implementation: 'sdpa', 'eager', 'flash_attention_2'.")]
 
 
@@ -100,11 +101,11 @@ def _marked(answer: str, truth: str) -> str:
 @app.command()
 def run(model: Model, image: Annotated[list[Path], typer.Option(help="A picture; repeatable.")],
         prompt: Annotated[str, typer.Option(help="The question, without image placeholders.")],
-        image_reducer: Annotated[str | None, typer.Option(help="As `mmcompress list` shows; default globalcom2.")] = None,
+        image_reducer: Annotated[str | None, typer.Option(help="As `mmcompress list` shows; default global_rank.")] = None,
         keep: Annotated[str | None, typer.Option(help="A share in (0, 1], or a count without a dot; default 0.25.")] = None,
         option: Options = None,
         config: Annotated[Path | None, typer.Option(help="A YAML file instead of the reducer's options.")] = None,
-        max_new_tokens: int = 128, device: Device = "auto", dtype: Dtype = "auto", attn: Attn = "sdpa",
+        positions: Where = None, max_new_tokens: int = 128, device: Device = "auto", dtype: Dtype = "auto", attn: Attn = "sdpa",
         plot: Annotated[Path | None, typer.Option(help="Write the kept tokens of the first picture here.")] = None,
         as_json: Json = False) -> None:
     """Ask a checkpoint about pictures with fewer image tokens; print the answer and what it saved."""
@@ -112,10 +113,10 @@ def run(model: Model, image: Annotated[list[Path], typer.Option(help="A picture;
     from .config import WrapConfig
     from .wrap import wrap
 
-    if config is not None and (image_reducer, keep, option) != (None, None, None):
-        raise ValueError("pass either --config or --image-reducer, --keep and --option, not both")
+    if config is not None and (image_reducer, keep, option, positions) != (None, None, None, None):
+        raise ValueError("pass either --config or --image-reducer, --keep, --option and --positions, not both")
     chosen = WrapConfig.load(config) if config is not None else WrapConfig(
-        image=reducer_of(image_reducer or "globalcom2", keep or "0.25", option))
+        image=reducer_of(image_reducer or DEFAULT, keep or "0.25", option), positions=cast("Any", positions))
     pictures = [open_picture(path) for path in image]
     loaded, processor = load(model, device, dtype, attn)
     inputs = processor(images=pictures, text=chat(processor, prompt, len(pictures)), return_tensors="pt")
@@ -159,18 +160,20 @@ def _methods(found: list[Method]) -> Table:
 @eval_app.command("pico")
 def eval_pico(methods: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = DEFAULT,
               keep: Annotated[str, typer.Option(help="Budgets, comma-separated.")] = "0.1,0.25,0.5",
-              n: Annotated[int, typer.Option(help="Questions.")] = 500, seed: str = "eval",
+              n: Annotated[int, typer.Option(help="Questions.")] = 500, seed: str = "eval", positions: Where = None,
               out: Annotated[Path, typer.Option(help="Folder for the CSV and the plot.")] = Path("out/eval-pico"),
               batch: int = 16, device: Device = "auto", dtype: Dtype = "auto", as_json: Json = False) -> None:
     """Accuracy of the embedded model on fresh scenes under each method and budget, with 95 % intervals."""
     from .checkpoint import PICO, device_name, load
+    from .config import WrapConfig
     from .eval import ALL_TOKENS, evaluate, write_csv
     from .registry import available
     from .viz import plot_pareto, save
 
     names = list(available("image")) if methods == "all" else _split(methods)
     reducers: dict[str, Any] = {ALL_TOKENS: None}
-    reducers.update({f"{name}@{k}": reducer_of(name, k) for name in names for k in _split(keep)})
+    reducers.update({f"{name}@{k}": WrapConfig(image=reducer_of(name, k), positions=cast("Any", positions))
+                     for name in names for k in _split(keep)})
     model, processor = load(PICO, device, dtype, "sdpa")
     rows = evaluate(model, processor, reducers, n, seed, batch)
     write_csv(rows, out / "pico.csv", device=device_name(model), seed=seed)
@@ -217,6 +220,7 @@ def viz(image: Annotated[Path, typer.Option(help="A picture.")], out: Annotated[
     from .checkpoint import chat, load, open_picture
     from .config import WrapConfig
     from .pipeline import reduce_inputs
+    from .registry import label
     from .viz import plot_kept, save
 
     picture, reducer = open_picture(image), reducer_of(method, keep, option)
@@ -228,7 +232,7 @@ def viz(image: Annotated[Path, typer.Option(help="A picture.")], out: Annotated[
     save(plot_kept(picture, item), out)
     if as_json:
         return emit({"reducer": repr(reducer), "tokens_before": item.before, "tokens_after": item.after, "files": [str(out)]})
-    print(f"{reducer}: {item.before} -> {item.after} tokens\n{out}")
+    print(f"{label(reducer)}: {item.before} -> {item.after} tokens\n{out}")
 
 
 # what the commands share

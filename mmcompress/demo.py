@@ -11,6 +11,7 @@ from . import pico
 from .checkpoint import PICO, device_name, load
 from .image import Uniform
 from .pipeline import Item
+from .registry import label
 from .viz import contact_sheet, plot_kept, save
 from .wrap import wrap
 
@@ -50,10 +51,10 @@ def run_demo(reducer: Any, out: Path) -> dict[str, Any]:
         save(plot_kept(asked[i][0], items[i]), files[-1])
     notes = [[(asked[j][1], wrapped[j], wrapped[j] == asked[j][2]) for j in range(i, i + QUESTIONS)] for i in shown]
     files.append(out / "sheet.png")
-    save(contact_sheet([asked[i][0] for i in shown], [items[i] for i in shown], notes, str(reducer)), files[-1])
+    save(contact_sheet([asked[i][0] for i in shown], [items[i] for i in shown], notes, label(reducer)), files[-1])
     answers = [{"question": q, "truth": a, "stock": s, "wrapped": t, "tokens_before": item.before, "tokens_after": item.after}
                for (_, q, a), s, t, item in zip(asked, stock, wrapped, items)]
-    return {"reducer": repr(reducer), "device": device_name(model), "answers": answers, "milliseconds": milliseconds,
+    return {"reducer": label(reducer), "device": device_name(model), "answers": answers, "milliseconds": milliseconds,
             "files": [str(f) for f in files]}
 
 

@@ -87,6 +87,15 @@ def describe(slot: str, reducer: Any) -> dict[str, Any]:
     return {"name": names[0], **{k: v for k, v in asdict(reducer).items() if k == "keep" or v != defaults[k]}}
 
 
+def label(reducer: Any) -> str:
+    """A reducer in short: its class, its keep, and the fields that differ from their defaults."""
+    if not is_dataclass(reducer) or isinstance(reducer, type):
+        return repr(reducer)
+    shown = [(f.name, getattr(reducer, f.name)) for f in fields(reducer)
+             if f.name == "keep" or getattr(reducer, f.name) != f.default]
+    return f"{type(reducer).__name__}({', '.join(f'{name}={value!r}' for name, value in shown)})"
+
+
 def _check_slot(slot: str) -> None:
     if slot not in _REDUCERS:
         raise ValueError(f"no slot {slot!r}; known: {', '.join(_REDUCERS)}")

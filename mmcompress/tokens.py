@@ -110,10 +110,8 @@ class Places:
 
 @lru_cache(maxsize=512)
 def _places(layout: ImageLayout, device: torch.device) -> Places:
-    if torch.is_inference_mode_enabled():  # a cached inference tensor could never serve a training step
-        with torch.inference_mode(False):
-            return _build_places(layout, device)
-    return _build_places(layout, device)
+    with torch.inference_mode(False):           # a cached inference tensor could never serve a training step
+        return _build_places(layout, device)
 
 
 def _build_places(layout: ImageLayout, device: torch.device) -> Places:

@@ -94,7 +94,7 @@ class Wrapped:
     def __init__(self, model: Any, config: WrapConfig) -> None:
         base = base_of(model)
         if (held := base.__dict__.get(_STATE)) is not None:
-            raise WrapError(f"this model is wrapped already ({held.config.image!r}); "
+            raise WrapError(f"this model is wrapped already ({registry.label(held.config.image)}); "
                             f"call remove() on that handle, or mmcompress.unwrap(model), first")
         self.outer = model
         self.model = base
@@ -136,10 +136,10 @@ class Wrapped:
         """What the last reduced call saved and cost."""
         run = self._run
         if run is None:
-            return Report(reducer=repr(self.config.image))
+            return Report(reducer=registry.label(self.config.image))
         after = run.columns if run.prompt is None else run.prompt.reduced
         size = lambda columns: kv_bytes(self.model.config, run.rows, columns, self.model.dtype)  # noqa: E731
-        return Report(reducer=repr(self.config.image), items=[describe_item(i) for i in run.items],
+        return Report(reducer=registry.label(self.config.image), items=[describe_item(i) for i in run.items],
                       prompt_before=run.columns, prompt_after=after, milliseconds=run.stopwatch.milliseconds(),
                       decode_steps=run.stopwatch.count("decode"),
                       kv_bytes_before=size(run.columns), kv_bytes_after=size(after))
@@ -196,7 +196,8 @@ class Wrapped:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Wrapped({type(self.model).__name__}, image={self.config.image!r}, positions={self.config.positions!r})"
+        return (f"Wrapped({type(self.model).__name__}, image={registry.label(self.config.image)}, "
+                f"positions={self.config.positions!r})")
 
     def _check_wrapped(self) -> None:
         if self.model.__dict__.get(_STATE) is not self:

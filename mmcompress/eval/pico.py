@@ -90,8 +90,8 @@ def evaluate(model: Any, processor: Any, reducers: Mapping[str, Any], n: int, se
     The answer is teacher-forced: one forward over prompt, answer and end of sequence, a hit if every one of the answer's
     tokens, the end included, is the arg max. Greedy generation gives exactly this answer if and only if that holds.
 
-    reducers   label -> reducer, WrapConfig (to choose positions), or None for all tokens. What precedes an "@" in a label is the row's method. A reducer
-               with a field `seed` gets another seed for every batch of questions.
+    reducers   label -> reducer, WrapConfig (to choose positions), or None for all tokens. What precedes an "@" in a label
+               is the row's method. A reducer with a field `seed` gets another seed for every batch of questions.
     batch      questions encoded together; they show pictures of one size
     progress   a bar on stderr if that is a terminal
     """

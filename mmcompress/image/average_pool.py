@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from ..ops.pooling import average_by_slot, even_split, grid_cells
 from ..tokens import ImageLayout, ImageReducer, Reduction, Tokens
@@ -21,15 +22,28 @@ class AveragePool(ImageReducer):
     """
 
     def reduce(self, x: Tokens, k: int) -> Reduction:
-        slots, index = pooled_slots(x.layout, k)
-        device, batch = x.features.device, len(x.features)
-        slot = torch.tensor(slots, device=device)
+        slot, index = _on_device(x.layout, k, x.features.device)
         tokens, mass = average_by_slot(x.features, slot, k)
-        return Reduction(tokens=tokens, index=torch.tensor(index, device=device).expand(batch, -1),
-                         source=slot.expand(batch, -1), mass=mass.expand(batch, -1))
+        batch = len(x.features)
+        return Reduction(tokens=tokens, index=index.expand(batch, -1), source=slot.expand(batch, -1),
+                         mass=mass.expand(batch, -1))
+
+
+def _on_device(layout: ImageLayout, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`pooled_slots` as tensors, copied to a device once."""
+    if torch.compiler.is_compiling():
+        slots, index = pooled_slots(layout, k)
+        return torch.tensor(slots, device=device), torch.tensor(index, device=device)
+    return _cached(layout, k, device)
 
 
 @lru_cache(maxsize=256)
+def _cached(layout: ImageLayout, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):                   # a cached inference tensor could never serve a training step
+        slots, index = pooled_slots(layout, k)
+        return torch.tensor(slots, device=device), torch.tensor(index, device=device)
+
+
 def pooled_slots(layout: ImageLayout, k: int) -> tuple[list[int], list[int]]:
     """The output slot of each of the N tokens (-1: dropped), and for each slot the position nearest its cell's middle."""
     rows, columns = layout.size

@@ -39,8 +39,10 @@ class GlobalCom2(ImageReducer):
     newlines     "kept": the newline of each row that keeps a token, "all", "none"; all of them paid from the budget
     paper_code   select exactly the patches that the authors' public code selects for one picture. Takes `keep` as a
                  ratio and no other argument. The count then depends on the data: `count` is its upper bound and
-                 `Reduction.valid` marks the tokens that exist, which costs one host synchronisation on packing.
-                 The authors also emit newlines for rows of padding; transformers packs none there, so neither do we.
+                 `Reduction.valid` marks the tokens that exist, which costs one host synchronisation on packing. On padded
+                 pictures the sequence is still ours: the authors also emit newlines for rows of padding, which
+                 transformers never packs; where padding lies left and right they put kept patches back by their number
+                 among the unpadded ones, hence on wrong rows; and they truncate sizes where transformers rounds
     """
 
     temperature: float | None = None

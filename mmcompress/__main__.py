@@ -1,0 +1,5 @@
+"""`python -m mmcompress` is the `mmcompress` command."""
+
+from .cli import main
+
+main()

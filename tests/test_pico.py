@@ -1,0 +1,123 @@
+"""The embedded model: it reads, and every method keeps its promises on it through the real processor."""
+
+import random
+
+import pytest
+import torch
+from conftest import METHODS, reducers
+from tiny import greedy_reference
+
+import mmcompress
+from mmcompress.eval import evaluate
+from mmcompress.image import ClsTopK, GlobalCom2, GlobalRank, Random
+from mmcompress.pico import prompt, scenes
+
+
+def asked(processor, sizes, seed=0):
+    """One question about a fresh scene of each size: (processor inputs of the batch, inputs of each alone, answers)."""
+    rng = random.Random(seed)
+    images, texts, answers = [], [], []
+    for size in sizes:
+        kind, image, objects = scenes.scene(rng, *size, kind="cards")
+        (question, answer), = scenes.questions(rng, kind, objects, 1)
+        images.append(image)
+        texts.append(prompt(question))
+        answers.append(answer)
+    one = [processor(images=i, text=t, return_tensors="pt") for i, t in zip(images, texts)]
+    return processor(images=images, text=texts, return_tensors="pt", padding=True), one, answers
+
+
+SIZES = [(336, 336), (168, 336), (210, 300)]
+
+
+def test_pico_reads(pico):
+    rows = {r.kind: r for r in evaluate(*pico, {"all": None}, 60, seed="test", progress=False)}
+    assert rows["all"].accuracy >= 0.95 and rows["cards"].accuracy >= 0.95
+
+
+def test_the_helper_prompt_is_the_chat_template(pico):
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what word is on the red card?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "fish"}]},
+            {"role": "user", "content": [{"type": "text", "text": "how many cards are there?"}]}]
+    text = pico[1].apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text == prompt("what word is on the red card?", "how many cards are there?", answers=("fish",))
+
+
+def test_keep_one_is_bit_identical(pico, method):
+    model, processor = pico
+    inputs, _, _ = asked(processor, SIZES)
+    with torch.inference_mode():
+        stock = model(**inputs).logits
+        with mmcompress.wrap(model, image=reducers(1.0)[method]) as w:
+            assert torch.equal(w(**inputs).logits, stock)
+    assert "forward" not in model.__dict__
+
+
+def test_a_padded_batch_generates_what_greedy_loops_do(pico, method):
+    """Batch equals single equals a loop without cache, from the processor's own output, sizes mixed."""
+    model, processor = pico
+    inputs, one, _ = asked(processor, SIZES)
+    reducer = reducers(0.3)[method]
+    with mmcompress.wrap(model, image=reducer) as w:
+        out = w.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert [i.after for i in w.last] == [reducer.count(i.layout) for i in w.last]
+    for i, alone in enumerate(one):
+        assert torch.equal(out[i, -4:], greedy_reference(model, alone, reducer, 4))
+
+
+def test_two_turns_about_one_picture(pico):
+    """The second question is answered from the reduced cache as from scratch, and rightly."""
+    model, processor = pico
+    rng = random.Random(5)
+    kind, image, objects = scenes.scene(rng, 336, 336, kind="cards")
+    first, second = (f"what number is on the {o['color']} card?" for o in objects[:2])
+    inputs = processor(images=image, text=prompt(first), return_tensors="pt")
+    with mmcompress.wrap(model, image=GlobalRank(keep=0.25)) as w:
+        out = w.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+        more = processor.tokenizer(f"USER: {second} ASSISTANT:", add_special_tokens=False, return_tensors="pt").input_ids
+        ids = torch.cat([out.sequences, more], 1)
+        again = w.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=out.past_key_values,
+                           max_new_tokens=8, do_sample=False)
+        scratch = w.generate(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, max_new_tokens=8,
+                             do_sample=False)
+    assert torch.equal(again, scratch)
+    length = inputs["input_ids"].shape[1]
+    answers = [processor.decode(out.sequences[0, length:], skip_special_tokens=True).strip(),
+               processor.decode(again[0, ids.shape[1]:], skip_special_tokens=True).strip()]
+    assert answers == [o["number"] for o in objects[:2]]
+
+
+def test_what_the_figures_rest_on(pico):
+    """A small sample of the README's table: far apart enough that 80 questions tell."""
+    found = {r.method: r.accuracy for r in evaluate(*pico, {
+        "ours@0.1": GlobalRank(keep=0.1), "random@0.1": Random(keep=0.1), "cls@0.1": ClsTopK(keep=0.1),
+        "gc2@0.25": GlobalCom2(keep=0.25)}, 80, seed="test", progress=False) if r.kind == "cards"}
+    assert found["ours"] > 0.8 > found["cls"] > found["random"] + 0.1 and found["gc2"] > 0.7
+
+
+def test_scenes_are_deterministic_and_answers_true():
+    for seed in range(20):
+        a = scenes.scene(random.Random(seed), 336, 336)
+        b = scenes.scene(random.Random(seed), 336, 336)
+        assert a[0] == b[0] and a[2] == b[2] and a[1].tobytes() == b[1].tobytes() and a[1].size == (336, 336)
+        kind, _, objects = a
+        for question, answer in scenes.questions(random.Random(seed), kind, objects, 10):
+            if question.startswith("what number is on the ") and "says" not in question:
+                assert answer == next(o["number"] for o in objects if o["color"] == question.split()[5])
+            if question.startswith("what is the price"):
+                assert answer == next(o["number"] for o in objects if question[:-1].endswith(" " + o["word"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_bf16(dtype):
+    model, processor = mmcompress.pico.load(dtype)
+    inputs, _, answers = asked(processor, SIZES, seed=2)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    for name in METHODS:
+        with mmcompress.wrap(model, image=reducers(0.5)[name]) as w:
+            out = w.generate(**inputs, max_new_tokens=8, do_sample=False)
+            assert out.shape[0] == len(answers)
+    with mmcompress.wrap(model, image=GlobalRank(keep=0.5)) as w:
+        out = w.generate(**inputs, max_new_tokens=8, do_sample=False)
+    said = processor.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    assert [s.strip() for s in said] == answers
