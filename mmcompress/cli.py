@@ -158,7 +158,7 @@ def _methods(found: list[Method]) -> Table:
 
 
 @eval_app.command("pico")
-def eval_pico(methods: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = DEFAULT,
+def eval_pico(methods: Annotated[str, typer.Option(help="Names or 'all', by commas; as visionzip:merge=sum")] = DEFAULT,
               keep: Annotated[str, typer.Option(help="Budgets, comma-separated.")] = "0.1,0.25,0.5",
               n: Annotated[int, typer.Option(help="Questions.")] = 500, seed: str = "eval", positions: Where = None,
               out: Annotated[Path, typer.Option(help="Folder for the CSV and the plot.")] = Path("out/eval-pico"),
@@ -170,10 +170,11 @@ def eval_pico(methods: Annotated[str, typer.Option(help="Names, comma-separated,
     from .registry import available
     from .viz import plot_pareto, save
 
-    names = list(available("image")) if methods == "all" else _split(methods)
     reducers: dict[str, Any] = {ALL_TOKENS: None}
-    reducers.update({f"{name}@{k}": WrapConfig(image=reducer_of(name, k), positions=cast("Any", positions))
-                     for name in names for k in _split(keep)})
+    for method in list(available("image")) if methods == "all" else _split(methods):
+        name, *options = method.split(":")
+        reducers.update({f"{method}@{k}": WrapConfig(image=reducer_of(name, k, options), positions=cast("Any", positions))
+                         for k in _split(keep)})
     model, processor = load(PICO, device, dtype, "sdpa")
     rows = evaluate(model, processor, reducers, n, seed, batch)
     write_csv(rows, out / "pico.csv", device=device_name(model), seed=seed)

@@ -29,6 +29,18 @@ def check_chunked_prefill() -> None:
                          f"into chunks; pip install -U transformers, or leave prefill_chunk_size out")
 
 
+def check_gaps_over_cache(model: Any, prompts: int, what: str) -> None:
+    """Raise where FlashAttention would misread positions with gaps on top of a filled cache.
+
+    For one prompt without padding, transformers takes position ids that do not rise by one for packed sequences and
+    then forgets the cache. A first prefill is right (one sequence from its own start), and so are padded or larger batches.
+    """
+    implementation = str(getattr(model.config.get_text_config(), "_attn_implementation", ""))
+    if prompts == 1 and "flash" in implementation:
+        raise ValueError(f"{what} with positions='original' under {implementation}: transformers reads the gaps as packed "
+                         f"sequences; pass positions='closed' to wrap, or attn_implementation='sdpa' to the model")
+
+
 def base_of(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,9 +1,12 @@
-"""What the registry offers, in words: for `mmcompress list` and the README's table."""
+"""What the registry offers and what was measured, as the tables of README.md and of `mmcompress list`."""
 
 from __future__ import annotations
 
+import csv
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from . import registry
@@ -39,6 +42,29 @@ def methods_table() -> str:
         options = ", ".join(f"`{k}={_short(v)!r}`" for k, v in m.options.items())
         lines.append(f"| `{m.name}` | `{m.target.partition(':')[2]}` | {m.about} | {options} |")
     return "\n".join(lines) + "\n"
+
+
+def accuracy_table(path: str | Path, kinds: Sequence[str] = ("cards", "receipt")) -> str:
+    """A CSV of `mmcompress eval pico` as a Markdown table: exact answers in % with 95 % intervals."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    keeps = sorted({float(r["keep"]) for r in rows} - {1.0}, reverse=True)
+    asked = {r["kind"]: r["n"] for r in rows}
+    cells = {(r["method"], r["positions"], r["kind"], float(r["keep"])): r for r in rows}
+    heads = [f"{kind} {keep:g}" for kind in kinds for keep in keeps]
+    lines = [f"| {' | '.join(['method', 'positions', *heads])} |", f"|{'---|' * (2 + len(heads))}"]
+    for method, positions in dict.fromkeys((r["method"], r["positions"]) for r in rows):
+        whole = (method, positions, kinds[0], 1.0) in cells
+        found = [cells.get((method, positions, kind, 1.0 if whole else keep)) for kind in kinds for keep in keeps]
+        shown = ["" if r is None else _percent(*(float(r[k]) for k in ("accuracy", "low", "high"))) for r in found]
+        lines.append(f"| {' | '.join([method, '' if whole else positions, *shown])} |")
+    counts = ", ".join(f"{asked[kind]} on {kind}" for kind in kinds)
+    return "\n".join(lines) + f"\n\nn = {counts}; {rows[0]['device']}, torch {rows[0]['torch']}, " \
+        f"transformers {rows[0]['transformers']}.\n"
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _short(value: Any) -> Any:

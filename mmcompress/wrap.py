@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import registry
 from .adapters import adapter_for
-from .compat import base_of, check_chunked_prefill
+from .compat import base_of, check_chunked_prefill, check_gaps_over_cache
 from .config import Positions, WrapConfig
 from .errors import WrapError
 from .pipeline import Item, Run, reduce_inputs
@@ -324,6 +324,8 @@ def _generate(model: Any, inputs: Tensor | None = None, *args: Any, **kwargs: An
         raise ValueError("generate() with pictures needs input_ids; inputs_embeds alone do not tell where they stand")
     if kwargs.get("prefill_chunk_size", getattr(kwargs.get("generation_config"), "prefill_chunk_size", None)):
         check_chunked_prefill()
+        if handle.config.positions == "original":
+            check_gaps_over_cache(model, len(kwargs["input_ids"]), "prefill_chunk_size")
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(kwargs["input_ids"], model.generation_config)
     prompt: PromptMap | None
@@ -367,6 +369,8 @@ def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]) -> tu
            "position_ids": positions[:, earlier.full:]}
     later = None
     if handle.reduces(kwargs):
+        if handle.config.positions == "original":
+            check_gaps_over_cache(handle.model, len(ids), "a new picture in a later turn")
         run = handle.start(new, side="left")
         new, later = run.inputs, run.prompt
     if later is None:                                       # no new picture, or one that is kept whole

@@ -69,7 +69,7 @@ def test_two_turns_about_one_picture(pico):
     """The second question is answered from the reduced cache as from scratch, and rightly."""
     model, processor = pico
     rng = random.Random(5)
-    kind, image, objects = scenes.scene(rng, 336, 336, kind="cards")
+    _, image, objects = scenes.scene(rng, 336, 336, kind="cards")
     first, second = (f"what number is on the {o['color']} card?" for o in objects[:2])
     inputs = processor(images=image, text=prompt(first), return_tensors="pt")
     with mmcompress.wrap(model, image=GlobalRank(keep=0.25)) as w:

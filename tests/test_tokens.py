@@ -16,6 +16,7 @@ from mmcompress.tokens import LayerState
 
 MODEL = llava_next()
 ADAPTER = adapter_for(MODEL)
+REAL = llava_next(side=336, patch=14, pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])  # as released
 sizes = st.tuples(st.integers(40, 1400), st.integers(40, 1400))
 keeps = st.one_of(st.floats(0.01, 1.0), st.integers(1, 400))
 
@@ -30,13 +31,14 @@ def tokens_of(layout, batch=2, dim=8, cls=True, seed=0):
                   torch.randn(batch, 5, dim, generator=g), torch.ones(batch, 5, dtype=torch.bool))
 
 
-@given(sizes)
-@settings(max_examples=150, deadline=None)
-def test_layout_is_transformers_packing(size):
+@given(sizes, st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_layout_is_transformers_packing(size, real):
     """Feed numbered patches through the stock packing: every token must be where the layout says."""
-    layout = ADAPTER.layout(*size)
+    model = REAL if real else MODEL
+    layout = adapter_for(model).layout(*size)
     patches = torch.arange(layout.tiles * layout.thumbnail_tokens, dtype=torch.float32)
-    packed, lengths = MODEL.pack_image_features([patches.view(layout.tiles, -1, 1)], torch.tensor([size]), "default",
+    packed, lengths = model.pack_image_features([patches.view(layout.tiles, -1, 1)], torch.tensor([size]), "default",
                                                 image_newline=torch.tensor([-1.0]))
     assert int(lengths[0]) == layout.tokens == len(packed[0])
     places = layout.places()

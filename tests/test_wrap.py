@@ -2,19 +2,23 @@
 
 import copy
 
+import hypothesis.strategies as st
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
 from tiny import IMAGE, PAD, greedy_reference, llava, llava_next, make_inputs, row_of
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import mmcompress
 from mmcompress import SignalError, UnsupportedModelError, WrapError
+from mmcompress.adapters import adapter_for
 from mmcompress.image import AveragePool, ClsTopK, GlobalCom2, Uniform
 
 ROWS = [[(48, 48)], [(30, 70), (100, 40)], []]
 PICTURES = [[(48, 48)], [(30, 70), (100, 40)], [(24, 60)]]
 REDUCER = GlobalCom2(keep=0.3)
+MODEL = llava_next()
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +355,65 @@ def test_report(model):
     text = str(report)
     assert "192 -> 57 tokens (29.7%; newlines 12 -> 12; 25.0% of 180 nominal patches)" in text and "decode" in text
     assert report.to_dict()["tokens_after"] == sum(i.tokens_after for i in report.items)
+
+
+def test_gaps_that_flash_attention_misreads_are_refused():
+    model = llava_next()
+    inputs, later = make_inputs(model, [[(48, 48)]]), make_inputs(model, [[(100, 40)]], seed=5)
+    with mmcompress.wrap(model, image=REDUCER, positions="original") as w:
+        first = generate(w, inputs, return_dict_in_generate=True)
+        model.config.text_config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match=r"prefill_chunk_size with positions='original' under flash_attention_2.*closed"):
+            generate(w, inputs, prefill_chunk_size=7)
+        ids = torch.cat([first.sequences, later["input_ids"]], 1)
+        with pytest.raises(ValueError, match="a new picture in a later turn with positions='original'"):
+            generate(w, {**later, "input_ids": ids, "attention_mask": torch.ones_like(ids),
+                         "past_key_values": first.past_key_values})
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(40, 1400), st.integers(40, 1400)), max_size=5), min_size=1, max_size=3),
+       st.one_of(st.floats(0.02, 1.0), st.integers(1, 150)), st.sampled_from(["closed", "original"]))
+@settings(max_examples=40, deadline=None)
+def test_prompts_of_any_pictures_keep_exact_budgets(rows, keep, positions):
+    """1 to 5 pictures a prompt, any sizes: placeholders, features and masks all come to the sum of the counts."""
+    model, reducer = MODEL, GlobalCom2(keep=keep)
+    inputs = make_inputs(model, rows)
+    pure = mmcompress.compress(model, inputs, image=reducer, positions=positions)
+    if not any(rows):
+        assert pure["input_ids"] is inputs["input_ids"]
+        return
+    adapter = adapter_for(model)
+    counts = [sum(reducer.count(adapter.layout(*size)) for size in row) for row in rows]
+    texts = ((inputs["input_ids"] != IMAGE) & (inputs["attention_mask"] == 1)).sum(1)
+    assert (pure["input_ids"] == IMAGE).sum(1).tolist() == counts
+    assert (pure["attention_mask"].sum(1) - texts).tolist() == counts
+    assert pure["input_ids"].shape[1] == int((texts + torch.tensor(counts)).max()) or pure["input_ids"] is inputs["input_ids"]
+    assert [len(f) for f in pure["mm_encoder_outputs"]["image"].pooler_output] == [c for c in counts if c]
+    if "position_ids" in pure:
+        real = pure["attention_mask"].bool()
+        for ids, mask in zip(pure["position_ids"], real):
+            assert (ids[mask].diff() > 0).all() and int(ids[mask][0]) == 0
+
+
+def test_the_question_reaches_a_reducer_that_asks_for_it(model):
+    """Embeddings of the text after the picture, padding masked out, one row a picture."""
+    seen = []
+
+    class Asking(Uniform):
+        reads_question = True
+
+        def reduce(self, x, k):
+            seen.append((x.question, x.question_mask))
+            return super().reduce(x, k)
+
+    inputs = make_inputs(model, [[(48, 48)], [(48, 48)]])
+    with mmcompress.wrap(model, image=Asking(keep=0.3)) as w:
+        w(**inputs)
+    (question, mask), = seen
+    for i in range(2):
+        ids = row_of(model, inputs, [[(48, 48)], [(48, 48)]], i)["input_ids"][0]
+        after = ids[int((ids == IMAGE).nonzero()[-1]) + 1:]
+        assert torch.equal(question[i][mask[i]], model.get_input_embeddings()(after))
 
 
 def test_names_files_and_dicts(model, tmp_path):

@@ -25,9 +25,9 @@ _vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_at
                patch_size=PATCH)
 
 
-def vision(tower: str):
+def vision(tower: str, side: int = SIDE, patch: int = PATCH):
     if tower == "clip":
-        return CLIPVisionConfig(**_vision, projection_dim=16), "default"
+        return CLIPVisionConfig(**{**_vision, "image_size": side, "patch_size": patch}, projection_dim=16), "default"
     if tower == "siglip":
         return SiglipVisionConfig(**_vision), "full"
     return Dinov2Config(**{k: v for k, v in _vision.items() if k != "intermediate_size"}, mlp_ratio=1), "default"
@@ -40,11 +40,12 @@ def text(kind: str = "llama"):
     return MistralConfig(**options, sliding_window=None) if kind == "mistral" else LlamaConfig(**options)
 
 
-def llava_next(tower: str = "clip", language: str = "llama", seed: int = 0, **options):
+def llava_next(tower: str = "clip", language: str = "llama", seed: int = 0, side: int = SIDE, patch: int = PATCH,
+               pinpoints=PINPOINTS, **options):
     torch.manual_seed(seed)
-    vision_config, strategy = vision(tower)
+    vision_config, strategy = vision(tower, side, patch)
     config = LlavaNextConfig(vision_config=vision_config, text_config=text(language), image_token_index=IMAGE,
-                             image_grid_pinpoints=PINPOINTS, vision_feature_select_strategy=strategy)
+                             image_grid_pinpoints=pinpoints, vision_feature_select_strategy=strategy)
     model = LlavaNextForConditionalGeneration._from_config(config, **options).eval()
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, EOS
     return model

@@ -57,6 +57,7 @@ class Row:
     high: float
     tokens_before: float        # of a picture, mean over the questions, newlines included
     tokens_after: float
+    positions: str = "closed"   # where the language model saw the kept tokens
 
 
 def questions(n: int, seed: str = "eval") -> list[Question]:
@@ -114,7 +115,7 @@ def evaluate(model: Any, processor: Any, reducers: Mapping[str, Any], n: int, se
                 counts[label].add(some, *_hits(adapter, inputs, encoded, config))
             bar.update(len(some))
     return [row for label, config in asked.items()
-            for row in counts[label].rows(label.partition("@")[0], getattr(config.image, "keep", math.nan))]
+            for row in counts[label].rows(label.partition("@")[0], getattr(config.image, "keep", math.nan), config.positions)]
 
 
 def _config(reducer: Any) -> WrapConfig:
@@ -167,7 +168,7 @@ class _Counts:
     def add(self, some: Sequence[Question], right: Tensor, before: list[int], after: list[int]) -> None:
         self.seen += zip((q.kind for q in some), right.tolist(), before, after)
 
-    def rows(self, method: str, keep: float | int) -> list[Row]:
+    def rows(self, method: str, keep: float | int, positions: Any) -> list[Row]:
         """One row a kind; a kind that never came up has none."""
         out = []
         for kind in ("all", "cards", "receipt"):
@@ -177,7 +178,7 @@ class _Counts:
             n, hits = len(seen), sum(s[1] for s in seen)
             low, high = wilson(hits, n)
             before, after = sum(s[2] for s in seen) / n, sum(s[3] for s in seen) / n
-            out.append(Row(method, keep, kind, n, hits, hits / n, low, high, before, after))
+            out.append(Row(method, keep, kind, n, hits, hits / n, low, high, before, after, positions))
         return out
 
 

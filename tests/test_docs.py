@@ -1,0 +1,64 @@
+"""README says what the registry and the measurements say; its code runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import METHODS
+
+import mmcompress
+from mmcompress.docs import accuracy_table, methods, methods_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_holds_the_table_of_methods():
+    assert methods_table() in README, "run `mmcompress list --markdown` and put the table into README.md"
+
+
+def test_readme_holds_the_measured_table():
+    assert accuracy_table(ROOT / "benchmarks" / "results" / "pico.csv") in README
+
+
+def test_the_table_covers_the_registry():
+    assert sorted(m.name for m in methods()) == METHODS
+    for m in methods():
+        assert m.options["keep"] == 0.25 and m.about.endswith(".")
+
+
+def test_readme_quickstarts_name_what_exists():
+    for name in re.findall(r"mmcompress\.([a-z_]+)\(", README):
+        assert name in ("load",) or callable(getattr(mmcompress, name)), name
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_configuration_loads(path):
+    config = mmcompress.WrapConfig.load(path)
+    assert mmcompress.WrapConfig.from_dict(config.to_dict()) == config
+
+
+def test_public_names():
+    for name in mmcompress.__all__:
+        assert getattr(mmcompress, name) is not None
+    assert len(mmcompress.__all__) <= 20
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mmcompress.nothing  # noqa: B018
+
+
+def test_importing_does_nothing_else():
+    """No transformers model, no torch setting and no class is touched by the import."""
+    import subprocess
+    import sys
+    code = """
+import torch, transformers
+from transformers import LlavaNextForConditionalGeneration as M
+before = {k: id(v) for k, v in vars(M).items()}
+import mmcompress
+assert before == {k: id(v) for k, v in vars(M).items()}
+import sys
+assert 'matplotlib' not in sys.modules and 'typer' not in sys.modules and 'mmcompress.image' not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
