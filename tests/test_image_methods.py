@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_tokens import ADAPTER, tokens_of
 
 from mmcompress import ImageLayout, Tokens
-from mmcompress.image import AveragePool, ClsTopK, GlobalCom2, Random, Uniform, VisionZip
+from mmcompress.image import AveragePool, ClsTopK, GlobalCom2, GlobalRank, Random, Uniform, VisionZip
 from mmcompress.image.average_pool import pooled_slots
 from mmcompress.tokens import LayerState
 
@@ -188,6 +188,83 @@ def test_globalcom2_on_a_single_tile(scores):
     assert out.index.shape == (1, 101) and int(out.index[0, -1]) == 576         # 100 patches and the newline
     if scores != "cosine":
         assert set(out.index[0, :-1].tolist()) == set(logits[0, 0].topk(100).indices.tolist())
+
+
+def global_rank_by_loops(x, b, k, alpha=0.5, width=3, power=1.0, own=0):
+    """The ranking of one picture's canvas: scores, horizontal mean, suppression one token at a time, rows paid for."""
+    layout, places = x.layout, x.places
+    attention = x.cls_attention(-1)[b]
+    on_canvas = [i for i in range(layout.tokens) if places.tile[i] > 0]
+    rows, columns = layout.size
+    local = attention[on_canvas].view(rows, columns)
+    spread = F.interpolate(attention[:layout.thumbnail_tokens].view(1, 1, *layout.tile), size=(rows, columns),
+                           mode="bilinear", align_corners=False)[0, 0]
+    score = (1 - alpha) * local / local.norm() + alpha * spread / spread.norm()
+    half = width // 2
+    score = torch.stack([score[:, max(0, c - half):c + half + 1].mean(1) for c in range(columns)], 1).flatten()
+    features = x.features[b, on_canvas] - x.features[b, on_canvas].mean(0)
+    tile = places.tile[on_canvas]
+    order = score.argsort(descending=True, stable=True).tolist()
+    final = score.clone()
+    for at, i in enumerate(order):
+        better = [j for j in order[:at] if tile[j] == tile[i]]
+        if better:
+            likeness = F.cosine_similarity(features[i][None], features[better], dim=-1).max().clamp(0, 1)
+            final[i] = score[i] * (1 - likeness) ** power
+    thumbnail = attention[:layout.thumbnail_tokens].argsort(descending=True, stable=True).tolist()
+    ranking = thumbnail[:own] + [on_canvas[i] for i in final.argsort(descending=True, stable=True).tolist()]
+    chosen, opened, spent = [], set(), 0
+    for at, i in enumerate(ranking):
+        line = int(places.line[i])
+        cost = 1 + (line >= 0 and line not in opened)
+        if spent + cost > k:
+            if spent < k:
+                chosen.append(next(j for j in ranking[at:] if int(places.line[j]) in opened))
+            break
+        spent += cost
+        chosen.append(i)
+        opened |= {line} - {-1}
+    return sorted(chosen + [int(places.newline[line]) for line in opened])
+
+
+@pytest.mark.parametrize("size", [(48, 48), (40, 60), (70, 30)])
+@pytest.mark.parametrize("options", [{}, {"smooth": 1, "redundancy": 0.0}, {"smooth": 5, "redundancy": 2.0, "alpha": 0.2},
+                                     {"thumbnail": 0.25}], ids=["default", "plain", "wide", "thumbnail"])
+def test_global_rank(size, options):
+    x = tokens_of(ADAPTER.layout(*size), seed=3)
+    k = int(0.3 * x.layout.tokens)
+    out = GlobalRank(keep=k, **options)(x)
+    names = {"smooth": "width", "redundancy": "power", "alpha": "alpha"}
+    given = {names[n]: v for n, v in options.items() if n in names}
+    for b in range(2):
+        expected = global_rank_by_loops(x, b, k, own=round(36 * options.get("thumbnail", 0)), **given)
+        assert out.index[b].tolist() == expected
+
+
+def test_global_rank_of_a_thumbnail_alone_and_its_errors():
+    logits = torch.randn(1, 1, 576)
+    out = GlobalRank(keep=101, smooth=1, redundancy=0.0, alpha=0.0)(with_logits(logits, ALONE))
+    assert out.index[0].tolist() == [*sorted(logits[0, 0].topk(100).indices.tolist()), 576]
+    for bad in ({"alpha": 1.5}, {"thumbnail": -0.1}, {"smooth": 2}, {"redundancy": -1}, {"scores": "logits"},
+                {"newlines": "x"}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}="):
+            GlobalRank(**bad)
+
+
+def test_global_rank_drops_what_repeats():
+    """Two equal regions of top score: one copy is enough, and the tokens go elsewhere."""
+    layout = ImageLayout(tile=(6, 6), grid=(1, 2), rows=(0, 6), columns=(0, 12))
+    logits = torch.zeros(1, 3, 36)
+    logits[0, 1, :12] = 4.0                                                     # crop 1: two rows stand out, and repeat
+    logits[0, 2, :6] = 2.0                                                      # crop 2: one row stands out less
+    features = torch.randn(1, layout.tokens, 16, generator=torch.Generator().manual_seed(0))
+    places = layout.places()
+    first = (places.tile == 1) & (places.patch - 36 < 12)
+    features[0, first] = features[0, first.nonzero()[0, 0]].clone()
+    x = with_logits(logits, layout, features)
+    plain = GlobalRank(keep=12, smooth=1, redundancy=0.0)(x)
+    ours = GlobalRank(keep=12, smooth=1)(x)
+    assert int(first[plain.index[0]].sum()) >= 10 and int(first[ours.index[0]].sum()) <= 2
 
 
 def test_cls_topk_is_topk():

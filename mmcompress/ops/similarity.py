@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import ImageLayout
@@ -19,10 +18,9 @@ def redundancy(features: Tensor, rank: Tensor, among: Tensor, layout: ImageLayou
     """
     batch, n, width = features.shape
     places, tiles, per_tile = layout.places(features.device), layout.tiles, layout.thumbnail_tokens
-    weight = among.float()
-    wide = features.float()
-    mean = (wide * weight[:, None]).sum(1, keepdim=True) / weight.sum()
-    unit = F.normalize(wide - mean, dim=-1).to(features.dtype)
+    weight = among.to(features.dtype)
+    centred = features - ((weight / weight.sum()) @ features)[:, None]                 # in the model's dtype: D is wide
+    unit = centred / torch.linalg.vector_norm(centred, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-6).to(centred)
     slot = torch.where(among, places.patch, tiles * per_tile)                          # what does not count goes to the end
     by_tile = unit.new_zeros(batch, tiles * per_tile + 1, width).index_copy(1, slot, unit)[:, :-1]
     rank_by_tile = torch.full((batch, tiles * per_tile + 1), n, device=rank.device).index_copy(1, slot, rank)[:, :-1]
@@ -30,4 +28,4 @@ def redundancy(features: Tensor, rank: Tensor, among: Tensor, layout: ImageLayou
     likeness = by_tile @ by_tile.transpose(2, 3)                                                     # (B, T, P, P)
     earlier = rank_by_tile[..., None, :] < rank_by_tile[..., None]
     most = likeness.masked_fill(~earlier, 0).amax(-1).clamp(0, 1)                                    # (B, T, P)
-    return most.flatten(1).float().index_select(1, places.patch) * weight
+    return most.flatten(1).float().index_select(1, places.patch) * among
