@@ -256,7 +256,7 @@ def test_global_rank_drops_what_repeats():
     layout = ImageLayout(tile=(6, 6), grid=(1, 2), rows=(0, 6), columns=(0, 12))
     logits = torch.zeros(1, 3, 36)
     logits[0, 1, :12] = 4.0                                                     # crop 1: two rows stand out, and repeat
-    logits[0, 2, :6] = 2.0                                                      # crop 2: one row stands out less
+    logits[0, 2, :6] = 1.0                                                      # crop 2: one row stands out less
     features = torch.randn(1, layout.tokens, 16, generator=torch.Generator().manual_seed(0))
     places = layout.places()
     first = (places.tile == 1) & (places.patch - 36 < 12)
