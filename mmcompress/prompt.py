@@ -66,6 +66,11 @@ class PromptMap:
         return PromptMap(torch.cat([self.input_ids, later.input_ids], 1), torch.cat([self.column, column], 1))
 
 
+def whole(input_ids: Tensor) -> PromptMap:
+    """The map that keeps every column."""
+    return PromptMap(input_ids, torch.arange(input_ids.shape[1]).expand(len(input_ids), -1))
+
+
 def find_placeholders(input_ids: Tensor, image_token_id: int, counts: Sequence[int]) -> list[tuple[int, Tensor]]:
     """Where each picture's placeholders stand: (row, columns (N_i,)) per picture. input_ids (B, L) on the host."""
     spans: list[tuple[int, Tensor]] = []

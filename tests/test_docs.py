@@ -40,6 +40,38 @@ def test_every_configuration_loads(path):
     assert mmcompress.WrapConfig.from_dict(config.to_dict()) == config
 
 
+def test_the_method_of_contributing_works_as_it_stands():
+    """The one file of CONTRIBUTING.md, run as mmcompress/image/keep_norm.py would be."""
+    import sys
+    import types
+
+    import torch
+    from tiny import llava_next, make_inputs
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code = re.search(r"```python\n# mmcompress/image/keep_norm.py\n(.*?)```", text, re.S).group(1)
+    module = types.ModuleType("mmcompress.image.keep_norm")
+    module.__package__ = "mmcompress.image"
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(code, "keep_norm.py", "exec"), module.__dict__)
+        mmcompress.register("image", "keep_norm", re.search(r'"keep_norm": "(.*?)"', text).group(1))
+        model = llava_next()
+        inputs = make_inputs(model, [[(48, 48)], [(100, 40)]])
+        with mmcompress.wrap(model, image={"name": "keep_norm", "keep": 0.3}) as w:
+            w(**inputs)
+            features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], return_dict=True).pooler_output
+            for item, x in zip(w.last, features):
+                patches = item.layout.places().is_patch
+                kept = torch.zeros(len(x), dtype=torch.bool).index_fill(0, item.index, True)
+                norm = x.norm(dim=-1)
+                assert item.after == int(0.3 * item.before)
+                assert norm[kept & patches].mean() > norm[~kept & patches].mean()
+    finally:
+        from mmcompress import registry
+        registry._REDUCERS["image"].pop("keep_norm", None)
+        del sys.modules[module.__name__]
+
+
 def test_public_names():
     for name in mmcompress.__all__:
         assert getattr(mmcompress, name) is not None

@@ -155,6 +155,22 @@ def test_a_new_picture_in_the_second_turn(model, positions):
         assert torch.equal(second, generate(w, {**both, "input_ids": ids, "attention_mask": torch.ones_like(ids)}))
 
 
+@pytest.mark.parametrize("first_rows,keep", [([[]], 0.3), ([[(48, 48)]], 1.0)], ids=["text first", "kept whole first"])
+def test_a_picture_after_turns_that_lost_nothing(model, first_rows, keep):
+    inputs, later = make_inputs(model, first_rows), make_inputs(model, [[(100, 40)]], seed=5)
+    with mmcompress.wrap(model, image=GlobalCom2(keep=keep)) as w:
+        first = generate(w, inputs, return_dict_in_generate=True)
+    with mmcompress.wrap(model, image=REDUCER) as w:
+        ids = torch.cat([first.sequences, later["input_ids"]], 1)
+        mask = torch.ones_like(ids)
+        second = generate(w, {**later, "input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values})
+        if keep == 1.0:
+            assert [i.after for i in w.last] == [REDUCER.count(i.layout) for i in w.last] and len(w.last) == 1
+        else:
+            assert torch.equal(second, generate(w, {**later, "input_ids": ids, "attention_mask": mask}))
+    assert torch.equal(second[:, :ids.shape[1]], ids)
+
+
 def test_a_cache_from_another_prompt_is_refused(model):
     inputs = make_inputs(model, [[(48, 48)]])
     with mmcompress.wrap(model, image=REDUCER) as w:

@@ -1,0 +1,209 @@
+"""What `forward` and `generate` of a wrapped model do: reduce the pictures, call the stock method, fit the result.
+
+Calls without pictures pass through, except that a cache which holds a reduced prompt is recognised and its columns mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .compat import check_chunked_prefill, check_gaps_over_cache
+from .prompt import PromptMap, as_mask, whole
+
+if TYPE_CHECKING:
+    from .wrap import Wrapped
+
+_CACHE = "_mmcompress_prompt"   # the PromptMap of a cache's prompt, on the cache
+
+
+# forward --------------------------------------------------------------------------------------------------------------
+
+
+def forward(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
+    """What `forward` of a wrapped model does with its arguments by name."""
+    stock = handle.stock["forward"]
+    if not handle.reduces(kwargs):
+        _fit_mask_to_cache(kwargs)
+        _mask_for_gaps(kwargs, handle)
+        if handle.timed is None or torch.compiler.is_compiling():
+            return stock(**kwargs)
+        with handle.timed.stage("decode" if handle.timed.count("prefill") else "prefill"):
+            return stock(**kwargs)
+    if (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() > 0:
+        raise ValueError("forward() with pictures and a filled cache: let generate() continue the conversation, "
+                         "or call forward with a fresh cache")
+    run = handle.start(kwargs)
+    with run.stopwatch.stage("prefill"):
+        out = stock(**run.inputs)
+    remember(_cache_of(out), run.prompt)
+    return out
+
+
+def _mask_for_gaps(kwargs: dict[str, Any], handle: Wrapped) -> None:
+    """Positions with gaps, no mask and no cache would be read as packed sequences: give the mask."""
+    if handle.config.positions == "original" and kwargs.get("attention_mask") is None \
+            and kwargs.get("past_key_values") is None and kwargs.get("position_ids") is not None:
+        like = kwargs.get("input_ids")
+        if like is not None:
+            kwargs["attention_mask"] = torch.ones_like(like)
+
+
+def _fit_mask_to_cache(kwargs: dict[str, Any]) -> None:
+    """A caller's own decoding loop goes on with the mask of the full prompt: cut it to the cache's columns."""
+    cache: Any = kwargs.get("past_key_values")
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    prompt: PromptMap | None = getattr(cache, _CACHE, None)
+    if prompt is None or mask is None or ids is None or getattr(mask, "ndim", 0) != 2:
+        return
+    if mask.shape[1] == cache.get_seq_length() + ids.shape[1] + prompt.full - prompt.reduced:
+        kwargs["attention_mask"] = _join_mask(prompt, mask)
+
+
+def _join_mask(prompt: PromptMap, mask: Tensor) -> Tensor:
+    prompt = prompt.repeat(len(mask))
+    return torch.cat([prompt.select(mask[:, :prompt.full], 0), mask[:, prompt.full:]], 1)
+
+
+# caches ---------------------------------------------------------------------------------------------------------------
+
+
+def remember(cache: Any, prompt: PromptMap | None) -> None:
+    """Note on a cache which prompt it holds reduced, so that a next turn can be fitted to it."""
+    if cache is not None and prompt is not None:
+        setattr(cache, _CACHE, prompt)
+
+
+def _cache_of(out: Any) -> Any:
+    return getattr(out, "past_key_values", None)
+
+
+# generate -------------------------------------------------------------------------------------------------------------
+
+
+def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
+    """What `generate` of a wrapped model does with its arguments by name."""
+    stock, model = handle.stock["generate"], handle.model
+    inputs = kwargs.pop("inputs", None)
+    if inputs is not None:
+        if kwargs.get("input_ids") is not None:
+            raise ValueError("pass the prompt as input_ids or as the first argument, not both")
+        kwargs["input_ids"] = inputs
+    cache = kwargs.get("past_key_values")
+    earlier: PromptMap | None = getattr(cache, _CACHE, None)
+    if earlier is None and not handle.reduces(kwargs):
+        return stock(**kwargs)
+    if kwargs.get("input_ids") is None:
+        raise ValueError("generate() with pictures needs input_ids; inputs_embeds alone do not tell where they stand")
+    if earlier is None and cache is not None and (held := cache.get_seq_length()) > 0:
+        earlier = whole(kwargs["input_ids"][:, :held])          # turns so far had no picture, or kept theirs whole
+    if kwargs.get("prefill_chunk_size", getattr(kwargs.get("generation_config"), "prefill_chunk_size", None)):
+        check_chunked_prefill()
+        if handle.config.positions == "original":
+            check_gaps_over_cache(model, len(kwargs["input_ids"]), "prefill_chunk_size")
+    if kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = _infer_mask(kwargs["input_ids"], model.generation_config)
+    prompt: PromptMap | None
+    with torch.no_grad():
+        if earlier is not None:
+            call, prompt = _continue(handle, earlier, kwargs)
+        else:
+            begun = handle.start(kwargs, side="left")           # generation reads the last column of every row
+            call, prompt = begun.inputs, begun.prompt
+    if prompt is not None:
+        _fit_lengths(call, prompt, model.generation_config)
+        _fit_watchers(call, prompt)
+    handle.timed = None if handle.run is None else handle.run.stopwatch
+    try:
+        out = stock(**call)
+    finally:
+        handle.timed = None
+    if prompt is None:
+        return out
+    sequences = out if isinstance(out, Tensor) else out.sequences
+    restored = prompt.restore(sequences)
+    used = _cache_of(out) if not isinstance(out, Tensor) else cache
+    remember(used, prompt.repeat(len(sequences)))
+    if isinstance(out, Tensor):
+        return restored
+    out.sequences = restored
+    return out
+
+
+def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]) -> tuple[dict[str, Any], PromptMap]:
+    """A later turn on a reduced cache: the columns it knows are mapped as before, new pictures are reduced."""
+    ids, mask = kwargs["input_ids"], as_mask(kwargs)
+    assert mask is not None
+    earlier = earlier.repeat(len(ids)) if len(ids) % len(earlier.input_ids) == 0 else earlier
+    if len(ids) != len(earlier.input_ids) or ids.shape[1] <= earlier.full \
+            or not torch.equal(ids[:, :earlier.full].cpu(), earlier.input_ids.cpu()):
+        raise ValueError("input_ids do not begin with the prompt that this cache was made for; pass the sequences that "
+                         "generate returned, followed by the new turn")
+    positions = mask.long().cumsum(1).sub(1).clamp_min(0)
+    new = {**kwargs, "input_ids": ids[:, earlier.full:], "attention_mask": mask[:, earlier.full:],
+           "position_ids": positions[:, earlier.full:]}
+    later = None
+    if handle.reduces(kwargs):
+        if handle.config.positions == "original":
+            check_gaps_over_cache(handle.model, len(ids), "a new picture in a later turn")
+        run = handle.start(new, side="left")
+        new, later = run.inputs, run.prompt
+    prompt = earlier.then(later or whole(ids[:, earlier.full:]))
+    call = {**new, "input_ids": prompt.select(ids, 0), "attention_mask": prompt.select(mask, 0)}
+    before = earlier.select(positions[:, :earlier.full], 0)         # in the cache already; only their number matters
+    call["position_ids"] = torch.cat([before, new["position_ids"]], 1)
+    if handle.config.positions == "closed":
+        del call["position_ids"]
+    return call, prompt
+
+
+def _infer_mask(ids: Tensor, config: Any) -> Tensor:
+    """The mask that transformers infers where none is given: padding tokens, unless they may be an end of sequence."""
+    pad, eos = config.pad_token_id, config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    if pad is None or pad in ends:
+        return torch.ones_like(ids)
+    return ids.ne(pad).long()
+
+
+def _fit_lengths(call: dict[str, Any], prompt: PromptMap, default: Any) -> None:
+    """`max_length` and `min_length` count the caller's prompt; the stock method will count the shorter one."""
+    config = call.get("generation_config") or default
+    for name, other in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = call.get(name, getattr(config, name, None))
+        if value and not call.get(other, getattr(config, other, None)):
+            call[name] = max(0, value - prompt.full + prompt.reduced)
+
+
+def _fit_watchers(call: dict[str, Any], prompt: PromptMap) -> None:
+    """Streamers and stopping criteria see the caller's prompt."""
+    if call.get("streamer") is not None:
+        call["streamer"] = _PromptStreamer(call["streamer"], prompt)
+    if call.get("stopping_criteria"):
+        criteria = call["stopping_criteria"]
+        call["stopping_criteria"] = type(criteria)(_restoring(c, prompt) for c in criteria)
+
+
+def _restoring(criterion: Callable[..., Any], prompt: PromptMap) -> Callable[..., Any]:
+    def restored(input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return criterion(prompt.restore(input_ids), scores, **kwargs)
+
+    return restored
+
+
+class _PromptStreamer:
+    """Hands a streamer the caller's prompt in place of the reduced one, then passes everything on."""
+
+    def __init__(self, streamer: Any, prompt: PromptMap) -> None:
+        self.streamer, self.prompt, self.begun = streamer, prompt, False
+
+    def put(self, value: Tensor) -> None:
+        if not self.begun:
+            self.begun, value = True, self.prompt.restore(value)
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
