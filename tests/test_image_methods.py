@@ -229,15 +229,17 @@ def global_rank_by_loops(x, b, k, alpha=0.5, width=3, power=1.0, own=0):
 
 @pytest.mark.parametrize("size", [(48, 48), (40, 60), (70, 30)])
 @pytest.mark.parametrize("options", [{}, {"smooth": 1, "redundancy": 0.0}, {"smooth": 5, "redundancy": 2.0, "alpha": 0.2},
-                                     {"thumbnail": 0.25}], ids=["default", "plain", "wide", "thumbnail"])
+                                     {"thumbnail": 0.25}, {"thumbnail": 0.0}],
+                         ids=["default", "plain", "wide", "thumbnail", "commander only"])
 def test_global_rank(size, options):
     x = tokens_of(ADAPTER.layout(*size), seed=3)
-    k = int(0.3 * x.layout.tokens)
+    k = int(0.45 * x.layout.tokens)
     out = GlobalRank(keep=k, **options)(x)
     names = {"smooth": "width", "redundancy": "power", "alpha": "alpha"}
     given = {names[n]: v for n, v in options.items() if n in names}
     for b in range(2):
-        expected = global_rank_by_loops(x, b, k, own=round(36 * options.get("thumbnail", 0)), **given)
+        own = round(36 * options.get("thumbnail", (k / x.layout.tokens) ** 4))
+        expected = global_rank_by_loops(x, b, k, own=own, **given)
         assert out.index[b].tolist() == expected
 
 

@@ -1,9 +1,10 @@
 """GlobalRank: the thumbnail commands one ranking over all crops, and what repeats steps back (ours, after GlobalCom2).
 
 From GlobalCom2 (Liu et al., 2025): a crop token's score mixes the crop's own [CLS] attention with the thumbnail's,
-resized onto the crops. Ours: one ranking over the whole canvas instead of crop budgets; the thumbnail's own tokens stay out;
-a token counts for what it adds to better-ranked ones (the one-shot suppression of MatrixNMS, Wang et al., SOLOv2, 2020,
-on feature similarity instead of overlap); newlines of kept rows are paid for; kept tokens keep their original positions.
+resized onto the crops. Ours: one ranking over the whole canvas instead of crop budgets; the thumbnail's own tokens, which
+repeat what the crops show, come back only as the budget fills; a token counts for what it adds to better-ranked ones (the
+one-shot suppression of MatrixNMS, Wang et al., SOLOv2, 2020, on feature similarity instead of overlap); newlines of kept
+rows are paid for; kept tokens keep their original positions. docs/global_rank.md has the evidence.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class GlobalRank(ImageReducer):
     alpha        weight of the thumbnail's score in a crop token's score, in [0, 1]; both maps at unit L2 norm
     smooth       width in tokens, odd, of a horizontal mean of the scores, so that a word is kept whole; 1: none
     redundancy   how much repetition costs; 0: nothing
-    thumbnail    share of the thumbnail's own tokens that stay, best first, in [0, 1]; 0: it only commands
+    thumbnail    share of the thumbnail's own tokens that stay, best first, in [0, 1]; 0: it only commands; None: the fourth
+                 power of the share of all tokens that stays (.06 at one half, .004 at a quarter)
     scores       "attention": [CLS] attention of the last vision layer; "cosine": distinctness, for towers without [CLS];
                  "auto": the first where the tower has a [CLS] token
     newlines     "kept": the newline of each row that keeps a token, "all", "none"; paid from the budget
@@ -42,7 +44,7 @@ class GlobalRank(ImageReducer):
     alpha: float = 0.5
     smooth: int = 3
     redundancy: float = 1.0
-    thumbnail: float = 0.0
+    thumbnail: float | None = None
     scores: Literal["auto", "attention", "cosine"] = "auto"
     newlines: NewlinePolicy = "kept"
 
@@ -53,8 +55,8 @@ class GlobalRank(ImageReducer):
         super().__post_init__()
         check_newlines(self.newlines)
         for name in ("alpha", "thumbnail"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: lies in [0, 1]")
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}: lies in [0, 1]")
         if self.smooth < 1 or self.smooth % 2 == 0:
             raise ValueError(f"smooth={self.smooth}: an odd width in tokens, 1 for none")
         if self.redundancy < 0:
@@ -80,16 +82,16 @@ class GlobalRank(ImageReducer):
             repeats = redundancy(x.features, ranks(score.masked_fill(~ranked, -1)), ranked, layout)
             score = score * (1 - repeats) ** self.redundancy
         if layout.canvas_tokens:
-            score = torch.where(ranked, score, self._of_thumbnail(local, layout))
+            share = (k / layout.tokens) ** 4 if self.thumbnail is None else self.thumbnail
+            score = torch.where(ranked, score, _thumbnail_first(local, layout, round(share * layout.thumbnail_tokens)))
         return select(x, keep_with_newlines(score, places, k, self.newlines))
 
-    def _of_thumbnail(self, local: Tensor, layout: ImageLayout) -> Tensor:
-        """Scores that put the thumbnail's best `thumbnail` share before every crop token and the rest behind. (B, N)"""
-        own = local[:, :layout.thumbnail_tokens]
-        rank = ranks(own)
-        first = rank < round(self.thumbnail * layout.thumbnail_tokens)
-        score = torch.where(first, 1e3, -1e3) - rank
-        return F.pad(score, (0, layout.tokens - layout.thumbnail_tokens))
+
+def _thumbnail_first(scores: Tensor, layout: ImageLayout, count: int) -> Tensor:
+    """Scores that put the thumbnail's best `count` tokens before every crop token and the rest behind. (B, N)"""
+    rank = ranks(scores[:, :layout.thumbnail_tokens])
+    own = torch.where(rank < count, 1e3, -1e3) - rank
+    return F.pad(own, (0, layout.tokens - layout.thumbnail_tokens))
 
 
 def _unit(scores: Tensor) -> Tensor:
