@@ -26,7 +26,7 @@ import torch
 import mmcompress
 from mmcompress import ImageReducer, pico, select
 from mmcompress.eval import evaluate
-from mmcompress.image import AveragePool, GlobalCom2, Random
+from mmcompress.image import AveragePool, GlobalCom2, GlobalRank, Random
 from mmcompress.ops.ranking import topk_in_order
 from mmcompress.viz import plot_pareto
 
@@ -59,14 +59,15 @@ for question, answer in questions:
 # that the language model reads, newlines included.
 
 # %%
-w = mmcompress.wrap(model, image=GlobalCom2(keep=0.25))
+w = mmcompress.wrap(model, image=GlobalRank(keep=0.25))
 for question, answer in questions:
     print(f"{question:42} {ask(question):8} (right: {answer})")
 print()
 print(w.report)
 
 # %% [markdown]
-# What the language model still sees. GlobalCom2 lets the thumbnail decide how much of each crop stays.
+# What the language model still sees. GlobalRank ranks the tokens of all crops together, guided by the thumbnail, and
+# passes over what repeats a token that it has.
 
 # %%
 w.plot(image)
@@ -85,7 +86,7 @@ ask(questions[0][0])
 # are wide. Run `mmcompress eval` for figures worth quoting.
 
 # %%
-methods = {"GlobalCom2": GlobalCom2, "AveragePool": AveragePool, "Random": Random}
+methods = {"GlobalRank": GlobalRank, "GlobalCom2": GlobalCom2, "AveragePool": AveragePool, "Random": Random}
 reducers = {f"{name}@{keep}": make(keep=keep) for name, make in methods.items() for keep in (0.5, 0.25, 0.1)}
 rows = evaluate(model, processor, {"all tokens": None, **reducers}, n=40, progress=False)
 for row in rows:
