@@ -379,7 +379,7 @@ def test_gaps_that_flash_attention_misreads_are_refused():
     with mmcompress.wrap(model, image=REDUCER, positions="original") as w:
         first = generate(w, inputs, return_dict_in_generate=True)
         model.config.text_config._attn_implementation = "flash_attention_2"
-        with pytest.raises(ValueError, match=r"prefill_chunk_size with positions='original' under flash_attention_2.*closed"):
+        with pytest.raises(ValueError, match=r"prefill_chunk_size(: transformers| with positions='original' under flash_att)"):
             generate(w, inputs, prefill_chunk_size=7)
         ids = torch.cat([first.sequences, later["input_ids"]], 1)
         with pytest.raises(ValueError, match="a new picture in a later turn with positions='original'"):

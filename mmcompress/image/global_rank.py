@@ -79,8 +79,8 @@ class GlobalRank(ImageReducer):
         score = (1 - self.alpha) * _unit(local * ranked) + self.alpha * _unit(spread * ranked)
         score = _smooth(score, layout, self.smooth)
         if self.redundancy:
-            repeats = redundancy(x.features, ranks(score.masked_fill(~ranked, -1)), ranked, layout)
-            score = score * (1 - repeats) ** self.redundancy
+            repeats = redundancy(x.features, score, ranked, layout)
+            score = score * (1 - repeats.float()) ** self.redundancy
         if layout.canvas_tokens:
             share = (k / layout.tokens) ** 4 if self.thumbnail is None else self.thumbnail
             score = torch.where(ranked, score, _thumbnail_first(local, layout, round(share * layout.thumbnail_tokens)))

@@ -30,7 +30,7 @@ def distinctness(x: Tokens) -> Tensor:
 
     Ranks as the negative cosine does, and is a distribution as [CLS] attention is. Read from the projected features.
     """
-    features, places = x.features.float(), x.places
+    features, places = x.features.detach().float(), x.places
     member = F.one_hot(places.tile.clamp_min(0), x.layout.tiles).to(features.dtype) * places.is_patch[:, None]  # (N, T)
     mean = member.T @ features                                                                       # (B, T, D), up to scale
     score = 1 - F.cosine_similarity(features, member @ mean, dim=-1)                                 # (B, N)
