@@ -171,7 +171,7 @@ def eval_pico(methods: Annotated[str, typer.Option(help="Names or 'all', by comm
     from .viz import plot_pareto, save
 
     reducers: dict[str, Any] = {ALL_TOKENS: None}
-    for method in list(available("image")) if methods == "all" else _split(methods):
+    for method in [m for part in _split(methods) for m in (available("image") if part == "all" else [part])]:
         name, *options = method.split(":")
         reducers.update({f"{method}@{k}": WrapConfig(image=reducer_of(name, k, options), positions=cast("Any", positions))
                          for k in _split(keep)})

@@ -44,6 +44,15 @@ def test_list_shows_the_registry():
     assert all(name in shown for name in mmcompress.available("image"))
 
 
+def test_eval_takes_all_and_options_together(tmp_path):
+    got = output("eval", "pico", "--methods", "all,globalcom2:paper_code=true", "--keep", "0.3", "--n", "2", "--out", tmp_path,
+                 "--positions", "closed")
+    methods = list(dict.fromkeys(r["method"] for r in got["rows"]))
+    assert methods == ["all tokens", *mmcompress.available("image"), "globalcom2:paper_code=true"]
+    assert {r["positions"] for r in got["rows"] if r["method"] != "all tokens"} == {"closed"}
+    assert "paper_code" in (tmp_path / "pico.csv").read_text() and (tmp_path / "pico.png").stat().st_size > 10_000
+
+
 def test_markdown_is_a_table_of_every_method():
     table = docs.methods_table()
     assert call("list", "--markdown").stdout == table
