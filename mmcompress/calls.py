@@ -28,8 +28,10 @@ def forward(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     stock = handle.stock["forward"]
     if not handle.reduces(kwargs):
         _fit_mask_to_cache(kwargs)
+        if handle.timed is None:
+            return stock(**kwargs)
         _mask_for_gaps(kwargs, handle)
-        if handle.timed is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return stock(**kwargs)
         with handle.timed.stage("decode" if handle.timed.count("prefill") else "prefill"):
             return stock(**kwargs)
@@ -44,7 +46,7 @@ def forward(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
 
 
 def _mask_for_gaps(kwargs: dict[str, Any], handle: Wrapped) -> None:
-    """Positions with gaps, no mask and no cache would be read as packed sequences: give the mask."""
+    """Within generate, which drops a mask of ones: gaps without mask and cache would be read as packed sequences."""
     if handle.config.positions == "original" and kwargs.get("attention_mask") is None \
             and kwargs.get("past_key_values") is None and kwargs.get("position_ids") is not None:
         like = kwargs.get("input_ids")
@@ -98,15 +100,16 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
         return stock(**kwargs)
     if kwargs.get("input_ids") is None:
         raise ValueError("generate() with pictures needs input_ids; inputs_embeds alone do not tell where they stand")
-    if earlier is None and cache is not None and (held := cache.get_seq_length()) > 0:
+    if earlier is None and cache is not None and (held := int(cache.get_seq_length())) > 0:
         earlier = whole(kwargs["input_ids"][:, :held])          # turns so far had no picture, or kept theirs whole
     if kwargs.get("prefill_chunk_size", getattr(kwargs.get("generation_config"), "prefill_chunk_size", None)):
         check_chunked_prefill()
         if handle.config.positions == "original":
             check_gaps_over_cache(model, len(kwargs["input_ids"]), "prefill_chunk_size")
     if kwargs.get("attention_mask") is None:
-        kwargs["attention_mask"] = _infer_mask(kwargs["input_ids"], model.generation_config)
+        kwargs["attention_mask"] = _infer_mask(kwargs, model.generation_config)
     prompt: PromptMap | None
+    before = handle.run
     with torch.no_grad():
         if earlier is not None:
             call, prompt = _continue(handle, earlier, kwargs)
@@ -116,7 +119,7 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     if prompt is not None:
         _fit_lengths(call, prompt, model.generation_config)
         _fit_watchers(call, prompt)
-    handle.timed = None if handle.run is None else handle.run.stopwatch
+    handle.timed = handle.run.stopwatch if handle.run is not None and handle.run is not before else None
     try:
         out = stock(**call)
     finally:
@@ -160,9 +163,10 @@ def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]) -> tu
     return call, prompt
 
 
-def _infer_mask(ids: Tensor, config: Any) -> Tensor:
+def _infer_mask(kwargs: dict[str, Any], config: Any) -> Tensor:
     """The mask that transformers infers where none is given: padding tokens, unless they may be an end of sequence."""
-    pad, eos = config.pad_token_id, config.eos_token_id
+    config, ids = kwargs.get("generation_config") or config, kwargs["input_ids"]
+    pad, eos = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
     ends = eos if isinstance(eos, list) else [eos]
     if pad is None or pad in ends:
         return torch.ones_like(ids)

@@ -64,7 +64,8 @@ def compress(model: Any, inputs: Any, *, image: Any, positions: Positions | None
     """The pure form: processor inputs -> inputs of the stock `forward` or `generate`, with the pictures reduced.
 
     The result holds input_ids, attention_mask and the like of the shorter prompt, and `mm_encoder_outputs` instead of
-    the pixels. `generate` then returns the shorter prompt before its new tokens.
+    the pixels. `generate` then returns the shorter prompt before its new tokens. With original positions it needs its cache
+    (`use_cache=False` drops the mask, and transformers then reads the gaps as packed sequences; a wrapped model guards that).
     """
     base = base_of(model)
     adapter = adapter_for(base)

@@ -132,6 +132,9 @@ def test_second_turn_on_the_cache_equals_from_scratch(model, rows, positions):
         assert size < inputs["input_ids"].shape[1]                               # the cache is the shorter one
         scratch = generate(w, {**inputs, "input_ids": ids, "attention_mask": mask})
         assert torch.equal(second.sequences, scratch)
+        steps, lines = w.report.decode_steps, w.report.prompt_before
+        generate(w, make_inputs(model, [[], []]))
+        assert (w.report.decode_steps, w.report.prompt_before) == (steps, lines)        # a turn of text is not the pictures'
         # and a third
         ids = torch.cat([second.sequences, question.flip(1)], 1)
         mask = torch.cat([mask, torch.ones(len(rows), ids.shape[1] - mask.shape[1], dtype=torch.long)], 1)
@@ -268,6 +271,15 @@ def test_the_pure_form_touches_nothing(model):
         assert torch.equal(model(**pure).logits, w(**inputs).logits)
     texts = make_inputs(model, [[], []])
     assert torch.equal(mmcompress.compress(model, texts, image=REDUCER)["input_ids"], texts["input_ids"])
+
+
+def test_packed_text_stays_packed(model):
+    """Two texts in one row, told apart by their positions alone, as trainers pack them: ours must not join them."""
+    ids = make_inputs(model, [[]])["input_ids"]
+    packed = {"input_ids": torch.cat([ids, ids], 1), "position_ids": torch.arange(ids.shape[1]).repeat(2)[None]}
+    stock = model(**packed, use_cache=False).logits
+    with mmcompress.wrap(model, image=REDUCER, positions="original") as w:
+        assert torch.equal(w(**packed, use_cache=False).logits, stock)
 
 
 def test_text_only_calls_pass_through(model):
