@@ -162,6 +162,7 @@ def eval_pico(methods: Annotated[str, typer.Option(help="Names or 'all', by comm
               keep: Annotated[str, typer.Option(help="Budgets, comma-separated.")] = "0.1,0.25,0.5",
               n: Annotated[int, typer.Option(help="Questions.")] = 500, seed: str = "eval", positions: Where = None,
               out: Annotated[Path, typer.Option(help="Folder for the CSV and the plot.")] = Path("out/eval-pico"),
+              against: Annotated[str | None, typer.Option(help="Also show paired differences to this method.")] = None,
               batch: int = 16, device: Device = "auto", dtype: Dtype = "auto", as_json: Json = False) -> None:
     """Accuracy of the embedded model on fresh scenes under each method and budget, with 95 % intervals."""
     from .checkpoint import PICO, device_name, load
@@ -175,6 +176,8 @@ def eval_pico(methods: Annotated[str, typer.Option(help="Names or 'all', by comm
         name, *options = method.split(":")
         reducers.update({f"{method}@{k}": WrapConfig(image=reducer_of(name, k, options), positions=cast("Any", positions))
                          for k in _split(keep)})
+    if against is not None and not any(label.startswith(f"{against}@") for label in reducers):
+        raise ValueError(f"--against {against}: not among --methods {methods}")
     model, processor = load(PICO, device, dtype, "sdpa")
     rows = evaluate(model, processor, reducers, n, seed, batch)
     write_csv(rows, out / "pico.csv", device=device_name(model), seed=seed)
@@ -182,9 +185,12 @@ def eval_pico(methods: Annotated[str, typer.Option(help="Names or 'all', by comm
     save(plot_pareto(rows, kinds), out / "pico.png")
     files = [str(out / "pico.csv"), str(out / "pico.png")]
     if as_json:
-        return emit({"rows": [vars(r) for r in rows], "seed": seed, "device": device_name(model), "files": files})
+        return emit({"rows": [r.to_dict() for r in rows], "seed": seed, "device": device_name(model), "files": files})
     print(f"exact answers in % and 95 % interval, pico ({device_name(model)})")
     Console().print(_accuracies(rows))
+    if against is not None:
+        print(f"\npoints ahead of {against} on the same questions, with 95 % intervals")
+        Console().print(_differences(rows, against))
     print("", *files, sep="\n")
 
 
@@ -205,6 +211,20 @@ def _accuracies(rows: list[Row]) -> Table:
             same = {s.kind: s for s in rows if (s.method, s.keep) == (r.method, r.keep)}
             table.add_row(r.method, str(r.keep), f"{r.tokens_after:.0f}",
                           *(f"{100 * same[k].accuracy:.1f} ({100 * same[k].low:.0f}-{100 * same[k].high:.0f})" for k in kinds))
+    return table
+
+
+def _differences(rows: list[Row], against: str) -> Table:
+    from .eval import paired
+
+    kinds = list(dict.fromkeys(r.kind for r in rows))
+    table = Table("method", "keep", *kinds)
+    base = {(r.keep, r.kind): r.right for r in rows if r.method == against}
+    for method, keep in dict.fromkeys((r.method, r.keep) for r in rows if r.method != against):
+        mine = {r.kind: r.right for r in rows if (r.method, r.keep) == (method, keep)}
+        if (keep, "all") in base:
+            found = [paired(mine[k], base[keep, k]) if len(mine[k]) > 1 else None for k in kinds]
+            table.add_row(method, str(keep), *("" if f is None else f"{100 * f[0]:+.1f} ± {100 * f[1]:.1f}" for f in found))
     return table
 
 

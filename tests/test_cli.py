@@ -53,6 +53,14 @@ def test_eval_takes_all_and_options_together(tmp_path):
     assert "paper_code" in (tmp_path / "pico.csv").read_text() and (tmp_path / "pico.png").stat().st_size > 10_000
 
 
+def test_eval_compares_on_the_same_questions(tmp_path):
+    args = ("eval", "pico", "--methods", "uniform,random", "--keep", "0.2,1.0", "--n", "6", "--out", tmp_path)
+    shown = call(*args, "--against", "random")
+    assert shown.exit_code == 0 and "points ahead of random" in shown.stdout
+    assert shown.stdout.rpartition("ahead of")[2].count("+0.0 ± 0.0") >= 2      # keep 1.0: not one question differs
+    assert call(*args, "--against", "nobody").exit_code == 2
+
+
 def test_markdown_is_a_table_of_every_method():
     table = docs.methods_table()
     assert call("list", "--markdown").stdout == table

@@ -187,3 +187,17 @@ def test_csv(tmp_path):
     assert (read["method"], float(read["keep"]), read["n"], float(read["accuracy"])) == ("one", 0.25, "8", 0.75)
     assert (read["device"], read["seed"], read["mmcompress"]) == ("a device", "s", mmcompress.__version__)
     assert read["torch"] == torch.__version__.partition("+")[0] and read["transformers"]
+
+
+def test_paired_differences():
+    """Against the textbook paired t interval (normal quantile), and against the spread that unpaired shares would have."""
+    import numpy as np
+    rng = np.random.default_rng(0)
+    a = rng.random(400) < 0.8
+    b = a & (rng.random(400) < 0.95)                                    # worse on 5 % of what the other gets right
+    mean, half = evaluation.paired(a.tolist(), b.tolist())
+    d = a.astype(float) - b.astype(float)
+    assert math.isclose(mean, d.mean()) and math.isclose(half, 1.96 * d.std(ddof=1) / 20)
+    assert half < 0.6 * 1.96 * math.sqrt((a.var() + b.var()) / 400)
+    with pytest.raises(ValueError, match="3 and 2 trials"):
+        evaluation.paired([True] * 3, [True] * 2)

@@ -121,3 +121,44 @@ def test_bf16(dtype):
         out = w.generate(**inputs, max_new_tokens=8, do_sample=False)
     said = processor.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     assert [s.strip() for s in said] == answers
+
+
+def test_training_and_undoing(method):
+    """Gradients reach the projector under PEFT and accelerate hooks, and both ends of the wrap leave pico as it was."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from peft import LoraConfig, get_peft_model
+    model, processor = mmcompress.pico.load()
+    inputs, _, _ = asked(processor, SIZES[:2])
+    labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == 4) | (inputs["attention_mask"] == 0), -100)
+    with torch.no_grad():
+        stock = model(**inputs).logits
+    before = set(model.__dict__)
+    with mmcompress.wrap(model, image=reducers(0.3)[method]) as w, pytest.raises(mmcompress.WrapError, match="wrapped already"):
+        mmcompress.wrap(model, image="uniform")
+    assert set(model.__dict__) == before
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, stock)
+    add_hook_to_module(model, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    tuned = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=[], r=2))
+    model.model.multi_modal_projector.requires_grad_(True)
+    with mmcompress.wrap(tuned, image=reducers(0.3)[method]) as w:
+        out = tuned(**inputs, labels=labels)
+        assert out.logits.shape[1] == w.prompt.reduced < stock.shape[1]
+        out.loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    assert any("lora_B" in n and p.grad.abs().sum() > 0 for n, p in tuned.named_parameters() if p.grad is not None)
+
+
+def test_the_reducer_compiles_on_picos_tokens(pico, method):
+    from mmcompress.adapters import adapter_for
+    from mmcompress.tokens import Tokens
+    model, processor = pico
+    _, one, _ = asked(processor, [(300, 200)])
+    adapter, reducer = adapter_for(model), reducers(0.3)[method]
+    layouts = adapter.layouts(one[0])
+    with torch.no_grad():
+        encoded = adapter.encode(one[0], reducer.captures)
+        x = Tokens(encoded.features[0][None], layouts[0], encoded.state(layouts, [0]))
+        torch._dynamo.reset()
+        got = torch.compile(lambda x: reducer(x).index, fullgraph=True, backend="aot_eager")(x)
+        assert torch.equal(got, reducer(x).index)

@@ -9,7 +9,7 @@ import csv
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -58,6 +58,11 @@ class Row:
     tokens_before: float        # of a picture, mean over the questions, newlines included
     tokens_after: float
     positions: str = "closed"   # where the language model saw the kept tokens
+    right: tuple[bool, ...] = field(default=(), repr=False)     # question by question, the same order for every method
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row without its single outcomes, as CSV and JSON hold it."""
+        return {k: v for k, v in vars(self).items() if k != "right"}
 
 
 def questions(n: int, seed: str = "eval") -> list[Question]:
@@ -178,7 +183,8 @@ class _Counts:
             n, hits = len(seen), sum(s[1] for s in seen)
             low, high = wilson(hits, n)
             before, after = sum(s[2] for s in seen) / n, sum(s[3] for s in seen) / n
-            out.append(Row(method, keep, kind, n, hits, hits / n, low, high, before, after, positions))
+            out.append(Row(method, keep, kind, n, hits, hits / n, low, high, before, after, positions,
+                           tuple(s[1] for s in seen)))
         return out
 
 
@@ -187,6 +193,6 @@ def write_csv(rows: Sequence[Row], path: str | Path, device: str, seed: str = "e
     where = {"seed": seed, "device": device, **{name: version(name) for name in ("torch", "transformers", "mmcompress")}}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        out = csv.DictWriter(file, [f.name for f in fields(Row)] + list(where))
+        out = csv.DictWriter(file, [f.name for f in fields(Row) if f.name != "right"] + list(where))
         out.writeheader()
-        out.writerows({**asdict(row), **where} for row in rows)
+        out.writerows({**row.to_dict(), **where} for row in rows)
