@@ -67,6 +67,26 @@ def test_generate_equals_a_greedy_loop_without_cache(model, method, side):
             assert torch.equal(out[i, length:], stock[0, -5:])
 
 
+def test_beams_samples_caches_and_a_second_turn(model, method):
+    """A batch under beam search equals its rows alone; static cache equals dynamic; turn two on the cache equals scratch."""
+    inputs = make_inputs(model, ROWS)
+    greedy = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, suppress_tokens=[IMAGE])
+    with wrapped(model, method) as w:
+        beams = w.generate(**inputs, num_beams=3, **greedy)
+        for i in range(len(ROWS)):
+            alone = w.generate(**row_of(model, inputs, ROWS, i), num_beams=3, **greedy)
+            assert torch.equal(beams[i, -4:], alone[0, -4:])
+        torch.manual_seed(0)
+        samples = w.generate(**inputs, **{**greedy, "do_sample": True}, num_return_sequences=2)
+        assert torch.equal(samples[::2, :inputs["input_ids"].shape[1]], inputs["input_ids"])
+        first = w.generate(**inputs, **greedy, return_dict_in_generate=True)
+        assert torch.equal(w.generate(**inputs, **greedy, cache_implementation="static"), first.sequences)
+        ids = torch.cat([first.sequences, first.sequences[:, -4:].flip(1)], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(ROWS), 8, dtype=torch.long)], 1)
+        second = w.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **greedy)
+        assert torch.equal(second, w.generate(**{**inputs, "input_ids": ids, "attention_mask": mask}, **greedy))
+
+
 def test_remove_leaves_nothing(model, method):
     before = {k: id(v) for k, v in model.__dict__.items()}
     inputs = make_inputs(model, ROWS)

@@ -87,6 +87,18 @@ def test_two_turns_about_one_picture(pico):
     assert answers == [o["number"] for o in objects[:2]]
 
 
+def test_a_stock_pipeline_on_a_wrapped_model(pico):
+    from transformers import pipeline
+    model, processor = pico
+    _, image, objects = scenes.scene(random.Random(5), 336, 336, kind="cards")
+    question = f"what number is on the {objects[0]['color']} card?"
+    with mmcompress.wrap(model, image=GlobalRank(keep=0.25)) as w:
+        chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+        out = pipeline("image-text-to-text", model=model, processor=processor)(text=chat, max_new_tokens=8)
+        assert w.report.tokens_after == 186
+    assert out[0]["generated_text"][-1]["content"].strip() == objects[0]["number"]
+
+
 def test_what_the_figures_rest_on(pico):
     """A small sample of the README's table: far apart enough that 80 questions tell."""
     found = {r.method: r.accuracy for r in evaluate(*pico, {

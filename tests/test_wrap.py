@@ -251,6 +251,24 @@ def test_gradient_checkpointing(model):
     torch.testing.assert_close(*grads)
 
 
+def test_trainer(model, tmp_path):
+    """transformers' Trainer on a wrapped model: its loss goes down on shortened prompts, its checkpoint is a stock one."""
+    from transformers import Trainer, TrainingArguments
+    tuned = copy.deepcopy(model)
+    one = {k: v[0] for k, v in make_inputs(tuned, [[(48, 48)]]).items()}
+    one["labels"] = one["input_ids"].masked_fill(one["input_ids"] == IMAGE, -100)
+    options = TrainingArguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+                                logging_steps=1, use_cpu=True, save_steps=4, disable_tqdm=True)
+    with mmcompress.wrap(tuned, image=REDUCER) as w:
+        trainer = Trainer(model=tuned, args=options, train_dataset=[one] * 8)
+        trainer.train()
+        assert len(w.last) == 2 and w.prompt.reduced < w.prompt.full
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert float(losses[-1]) < float(losses[0])
+    saved = type(tuned).from_pretrained(tmp_path / "checkpoint-4")
+    assert torch.equal(saved.lm_head.weight, tuned.lm_head.weight)
+
+
 def test_eager_and_sdpa_select_the_same(model):
     inputs = make_inputs(model, ROWS)
     with mmcompress.wrap(model, image=REDUCER) as w:
