@@ -58,8 +58,7 @@ def _fit_mask_to_cache(kwargs: dict[str, Any]) -> None:
     """A caller's own decoding loop goes on with the mask of the full prompt: cut it to the cache's columns."""
     cache: Any = kwargs.get("past_key_values")
     mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-    prompt: PromptMap | None = getattr(cache, _CACHE, None)
-    if prompt is None or mask is None or ids is None or getattr(mask, "ndim", 0) != 2:
+    if mask is None or ids is None or getattr(mask, "ndim", 0) != 2 or (prompt := recall(cache)) is None:
         return
     if mask.shape[1] == cache.get_seq_length() + ids.shape[1] + prompt.full - prompt.reduced:
         kwargs["attention_mask"] = _join_mask(prompt, mask)
@@ -79,6 +78,15 @@ def remember(cache: Any, prompt: PromptMap | None) -> None:
         setattr(cache, _CACHE, prompt)
 
 
+def recall(cache: Any) -> PromptMap | None:
+    """The reduced prompt that a cache holds; forgotten once the cache was emptied for another one."""
+    prompt: PromptMap | None = getattr(cache, _CACHE, None)
+    if prompt is not None and int(cache.get_seq_length()) == 0:
+        delattr(cache, _CACHE)
+        return None
+    return prompt
+
+
 def _cache_of(out: Any) -> Any:
     return getattr(out, "past_key_values", None)
 
@@ -95,7 +103,7 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
             raise ValueError("pass the prompt as input_ids or as the first argument, not both")
         kwargs["input_ids"] = inputs
     cache = kwargs.get("past_key_values")
-    earlier: PromptMap | None = getattr(cache, _CACHE, None)
+    earlier = recall(cache)
     if earlier is None and not handle.reduces(kwargs):
         return stock(**kwargs)
     if kwargs.get("input_ids") is None:

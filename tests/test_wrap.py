@@ -8,7 +8,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from tiny import IMAGE, PAD, greedy_reference, llava, llava_next, make_inputs, row_of
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 import mmcompress
 from mmcompress import SignalError, UnsupportedModelError, WrapError
@@ -208,6 +208,16 @@ def test_a_callers_own_cache(model):
         ids = torch.cat([out, out[:, -3:]], 1)
         second = generate(w, {"input_ids": ids, "past_key_values": again})
         assert torch.equal(second, generate(w, {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}))
+
+
+def test_an_emptied_cache_serves_another_prompt(model):
+    """A static cache is made once and reset between prompts: what it held before must not be looked for."""
+    a, b, text = (make_inputs(model, rows, seed=seed) for rows, seed in (([[(48, 48)]], 0), ([[(100, 40)]], 1), ([[]], 2)))
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=300)
+    with mmcompress.wrap(model, image=REDUCER) as w:
+        for inputs in (a, b, text, a):
+            assert torch.equal(generate(w, {**inputs, "past_key_values": cache}), generate(w, inputs))
+            cache.reset()
 
 
 def test_labels_against_a_dense_reference(model):
