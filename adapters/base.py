@@ -66,6 +66,20 @@ class Adapter(ABC):
         return any(hasattr(m, name) for m in self.model.model.vision_tower.modules()
                    for name in ("class_embedding", "cls_token"))
 
+    @property
+    def decoder_layers(self) -> Any:
+        """The language model's decoder layers, in order."""
+        return self.model.model.language_model.layers
+
+    @property
+    def depth(self) -> int:
+        """How many decoder layers the language model has."""
+        return self.config.get_text_config().num_hidden_layers
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> Any:
+        """Rotary embeddings (cos, sin), each (B, L, d), of position ids (B, L)."""
+        return self.model.model.language_model.rotary_emb(hidden, position_ids=position_ids)
+
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         pixels = inputs.get("pixel_values")
         return pixels is not None and len(pixels) > 0

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from .compat import check_chunked_prefill, check_gaps_over_cache
+from .compat import check_chunked_prefill, check_decoding, check_gaps_over_cache
+from .layers.run import KEY, LayerRun, recall_layers, remember_layers
 from .prompt import PromptMap, as_mask, whole
 
 if TYPE_CHECKING:
+    from .pipeline import Run
     from .wrap import Wrapped
 
 _CACHE = "_mmcompress_prompt"   # the PromptMap of a cache's prompt, on the cache
@@ -25,24 +28,71 @@ _CACHE = "_mmcompress_prompt"   # the PromptMap of a cache's prompt, on the cach
 
 def forward(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     """What `forward` of a wrapped model does with its arguments by name."""
-    stock = handle.stock["forward"]
     if not handle.reduces(kwargs):
         _fit_mask_to_cache(kwargs)
+        pending = handle.pending if kwargs.get("mm_encoder_outputs") is not None else None
         if handle.timed is None:
-            return stock(**kwargs)
+            return _stock_forward(handle, kwargs, pending)
         _mask_for_gaps(kwargs, handle)
         if torch.compiler.is_compiling():
-            return stock(**kwargs)
+            return _stock_forward(handle, kwargs, pending)
         with handle.timed.stage("decode" if handle.timed.count("prefill") else "prefill"):
-            return stock(**kwargs)
+            return _stock_forward(handle, kwargs, pending)
+    return prefill(handle, kwargs)
+
+
+def prefill(handle: Wrapped, kwargs: dict[str, Any], encoded: Any = None) -> Any:
+    """A forward call with pictures. `encoded`: what the adapter made of them, if that is known already."""
     if (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() > 0:
         raise ValueError("forward() with pictures and a filled cache: let generate() continue the conversation, "
                          "or call forward with a fresh cache")
-    run = handle.start(kwargs)
+    run = handle.start(kwargs, encoded=encoded)
     with run.stopwatch.stage("prefill"):
-        out = stock(**run.inputs)
+        out = _stock_forward(handle, run.inputs, run)
     remember(_cache_of(out), run.prompt)
     return out
+
+
+def _stock_forward(handle: Wrapped, kwargs: dict[str, Any], run: Run | None) -> Any:
+    """The stock forward; `run` says what is to be reduced inside the language model, the cache what was."""
+    layers = _layer_run(handle, kwargs, run)
+    if layers is None:
+        return handle.stock["forward"](**kwargs)
+    out = handle.stock["forward"](**{**kwargs, KEY: layers})
+    if layers.plan is not None and (cache := _cache_of(out)) is not None:
+        remember_layers(cache, layers.hold(handle.adapter.depth, handle.model.device))
+    return out
+
+
+def _layer_run(handle: Wrapped, kwargs: dict[str, Any], run: Run | None) -> LayerRun | None:
+    """What the decoder layers must know of this call; None if all of them see the same columns."""
+    cache: Any = kwargs.get("past_key_values")
+    new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if new is None or (cache is None and (run is None or run.layers is None)):
+        return None
+    held = {} if cache is None else recall_layers(cache, len(new))
+    plan = None if run is None else run.layers
+    if plan is None and not held:
+        return None
+    if run is not None and plan is not None:
+        plan = plan.repeat(len(new) // run.rows).extend(new.shape[1] - plan.columns)
+    past = 0 if cache is None else int(cache.get_seq_length())
+    mask = _flat_mask(kwargs.get("attention_mask"), len(new), past + new.shape[1])
+    implementation = str(getattr(handle.model.config.get_text_config(), "_attn_implementation", ""))
+    return LayerRun(plan, held, handle.adapter.rotary, implementation, mask,
+                    past, new.shape[1], None if run is None else run.vision, () if run is None else run.items)
+
+
+def _flat_mask(mask: Any, rows: int, columns: int) -> Tensor | None:
+    """The 2-D mask (B, columns) bool of a call; of a 4-D one, which static caches get, what its last query sees."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        raise ValueError("attention_mask must be 2-D (prompts, length) where layers of the language model see different tokens")
+    if mask.ndim == 4:
+        mask = mask[:, 0, -1]
+        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask[:, :columns].bool().expand(rows, -1)
 
 
 def _mask_for_gaps(kwargs: dict[str, Any], handle: Wrapped) -> None:
@@ -88,6 +138,8 @@ def recall(cache: Any) -> PromptMap | None:
 
 
 def _cache_of(out: Any) -> Any:
+    if isinstance(out, tuple):                                      # return_dict=False
+        return next((x for x in out if isinstance(x, Cache)), None)
     return getattr(out, "past_key_values", None)
 
 
@@ -104,6 +156,9 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
         kwargs["input_ids"] = inputs
     cache = kwargs.get("past_key_values")
     earlier = recall(cache)
+    if (handle.reduces(kwargs) and handle.config.layers) or (cache is not None and recall_layers(cache, 1)):
+        check_decoding(kwargs)
+        kwargs["disable_compile"] = True                        # every step has other lengths, layer by layer
     if earlier is None and not handle.reduces(kwargs):
         return stock(**kwargs)
     if kwargs.get("input_ids") is None:
@@ -117,10 +172,10 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(kwargs, model.generation_config)
     prompt: PromptMap | None
-    before = handle.run
+    before, begun = handle.run, None
     with torch.no_grad():
         if earlier is not None:
-            call, prompt = _continue(handle, earlier, kwargs)
+            call, prompt, begun = _continue(handle, earlier, kwargs)
         else:
             begun = handle.start(kwargs, side="left")           # generation reads the last column of every row
             call, prompt = begun.inputs, begun.prompt
@@ -128,10 +183,11 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
         _fit_lengths(call, prompt, model.generation_config)
         _fit_watchers(call, prompt)
     handle.timed = handle.run.stopwatch if handle.run is not None and handle.run is not before else None
+    handle.pending = begun
     try:
         out = stock(**call)
     finally:
-        handle.timed = None
+        handle.timed = handle.pending = None
     if prompt is None:
         return out
     sequences = out if isinstance(out, Tensor) else out.sequences
@@ -144,7 +200,8 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     return out
 
 
-def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]) -> tuple[dict[str, Any], PromptMap]:
+def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]
+              ) -> tuple[dict[str, Any], PromptMap, Run | None]:
     """A later turn on a reduced cache: the columns it knows are mapped as before, new pictures are reduced."""
     ids, mask = kwargs["input_ids"], as_mask(kwargs)
     assert mask is not None
@@ -156,7 +213,7 @@ def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]) -> tu
     positions = mask.long().cumsum(1).sub(1).clamp_min(0)
     new = {**kwargs, "input_ids": ids[:, earlier.full:], "attention_mask": mask[:, earlier.full:],
            "position_ids": positions[:, earlier.full:]}
-    later = None
+    run = later = None
     if handle.reduces(kwargs):
         if handle.config.positions == "original":
             check_gaps_over_cache(handle.model, len(ids), "a new picture in a later turn")
@@ -168,7 +225,7 @@ def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]) -> tu
     call["position_ids"] = torch.cat([before, new["position_ids"]], 1)
     if handle.config.positions == "closed":
         del call["position_ids"]
-    return call, prompt
+    return call, prompt, run
 
 
 def _infer_mask(kwargs: dict[str, Any], config: Any) -> Tensor:

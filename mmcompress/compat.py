@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -39,6 +40,28 @@ def check_gaps_over_cache(model: Any, prompts: int, what: str) -> None:
     if prompts == 1 and "flash" in implementation:
         raise ValueError(f"{what} with positions='original' under {implementation}: transformers reads the gaps as packed "
                          f"sequences; pass positions='closed' to wrap, or attn_implementation='sdpa' to the model")
+
+
+def check_layers(model: Any, steps: Sequence[Any]) -> None:
+    """Raise where tokens cannot be dropped inside the language model."""
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    sliding = "sliding_attention" in kinds or (not kinds and getattr(text, "sliding_window", None))
+    if steps and sliding:
+        raise UnsupportedModelError(f"{type(model).__name__}: sliding-window attention counts columns, which layers=[...] "
+                                    f"would change; use an image reducer")
+    if steps and "flex" in str(getattr(text, "_attn_implementation", "")):
+        raise UnsupportedModelError("layers=[...] cannot cut flex attention's block masks; load the model with "
+                                    "attn_implementation='sdpa', 'eager' or 'flash_attention_2'")
+
+
+def check_decoding(call: dict[str, Any]) -> None:
+    """Raise for ways of generating that assume that every layer of the cache has the same length."""
+    config = call.get("generation_config")
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        if call.get(name, getattr(config, name, None)):
+            raise ValueError(f"{name}: with layers=[...] the cache's layers have different lengths, which this way of "
+                             f"generating does not know; leave it out, or use an image reducer")
 
 
 def base_of(model: Any) -> Any:

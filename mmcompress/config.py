@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from . import registry
+from .layers.base import Positions, Step, steps_of
 
-Positions = Literal["closed", "original"]
 FILE_NAME = "mmcompress.json"
 
 
@@ -18,6 +19,8 @@ FILE_NAME = "mmcompress.json"
 class WrapConfig:
     """What is reduced and how the shorter prompt is laid out.
 
+    image        reduces pictures before the language model; None: not there
+    layers       reducers inside the language model, such as (FastV(2, 0.5),)
     positions    "closed": kept tokens close up, as if the picture had been that small; "original": each keeps the
                  position it had in the full prompt, and the text after it too; None: what the reducer was made for, its
                  attribute `positions`
@@ -25,26 +28,43 @@ class WrapConfig:
 
     image: Any = None
     positions: Positions | None = None
+    layers: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.image is None:
-            raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25)")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.image is None and not self.layers:
+            raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25), or layers=[...]")
         if self.positions is None:
             object.__setattr__(self, "positions", getattr(self.image, "positions", "closed"))
         if self.positions not in ("closed", "original"):
             raise ValueError(f"positions={self.positions!r}: 'closed' or 'original'")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"image": registry.describe("image", self.image), "positions": self.positions}
+        return {"image": None if self.image is None else registry.describe("image", self.image), "positions": self.positions,
+                "layers": [registry.describe("layers", reducer) for reducer in self.layers]}
+
+    def steps(self, depth: int) -> tuple[Step, ...]:
+        """The reductions inside a language model of `depth` layers, by layer."""
+        return steps_of(self.layers, depth)
+
+    def captures(self, depth: int) -> tuple[int, ...]:
+        """The vision layers that some reducer reads."""
+        reducers = [self.image, *(step.reducer for step in self.steps(depth))]
+        return tuple(dict.fromkeys(layer for r in reducers for layer in getattr(r, "captures", ())))
+
+    @property
+    def label(self) -> str:
+        """What is reduced, in short."""
+        return " + ".join(registry.label(r) for r in (self.image, *self.layers) if r is not None)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> WrapConfig:
         data = dict(data)
         data.pop("mmcompress_version", None)
-        if unknown := sorted(set(data) - {"image", "positions"}):
-            raise ValueError(f"unknown keys {', '.join(unknown)}; a configuration has image and positions")
+        if unknown := sorted(set(data) - {"image", "positions", "layers"}):
+            raise ValueError(f"unknown keys {', '.join(unknown)}; a configuration has image, layers and positions")
         return cls(image=registry.build("image", data["image"]) if data.get("image") is not None else None,
-                   positions=data.get("positions"))
+                   positions=data.get("positions"), layers=build_layers(data.get("layers") or ()))
 
     @classmethod
     def load(cls, path: str | Path) -> WrapConfig:
@@ -67,3 +87,9 @@ class WrapConfig:
         folder.mkdir(parents=True, exist_ok=True)
         data = {"mmcompress_version": version("mmcompress"), **self.to_dict()}
         (folder / FILE_NAME).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def build_layers(layers: Any) -> tuple[Any, ...]:
+    """Layer reducers from what the user gave: one or several of them, their names, or dicts with `name` and the fields."""
+    several = isinstance(layers, Iterable) and not isinstance(layers, (str, dict))
+    return tuple(registry.build("layers", one) for one in (layers if several else [layers]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from .adapters import Adapter, Encoded
 from .config import Positions, WrapConfig
+from .layers.base import Step
+from .layers.plan import LayerPlan, Span, plan_layers
+from .layers.run import LayerItem, State, take
 from .prompt import PromptMap, as_mask, find_placeholders, padding_side, plan
 from .report import Stopwatch
-from .tokens import ImageLayout, Reduction, Tokens
+from .tokens import ImageLayout, KeepAll, Reduction, SequenceLayout, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,7 @@ class Item:
     index: Tensor               # (K,) int64
     source: Tensor              # (N,) int64
     mass: Tensor | None         # (K,)
+    layers: list[LayerItem] = field(default_factory=list)       # what was left of it from some decoder layers on
 
     @property
     def before(self) -> int:
@@ -35,6 +40,11 @@ class Item:
     def after(self) -> int:
         return len(self.index)
 
+    def at(self, layer: int) -> Item | LayerItem:
+        """What a decoder layer, counted from 0, saw of it."""
+        seen = [x for x in self.layers if x.layer <= layer]
+        return seen[-1] if seen else self
+
 
 @dataclass(eq=False)
 class Run:
@@ -43,9 +53,24 @@ class Run:
     rows: int                               # prompts
     columns: int                            # length of the caller's prompts
     inputs: dict[str, Any] = field(default_factory=dict)
-    prompt: PromptMap | None = None         # None: no column was dropped
+    prompt: PromptMap | None = None         # None: no column was dropped before the language model
+    layers: LayerPlan | None = None         # None: none is dropped inside it
+    vision: State | None = None             # captured vision layers, for reducers inside the language model
     items: list[Item] = field(default_factory=list)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def columns_by_layer(self, depth: int) -> list[int]:
+        """Columns that each of `depth` decoder layers sees."""
+        entering = self.columns if self.prompt is None else self.prompt.reduced
+        stages = [] if self.layers is None else self.layers.stages
+        return [([entering] + [s.columns for s in stages if s.step.layer <= layer])[-1] for layer in range(depth)]
+
+    def final(self, input_ids: Tensor) -> PromptMap | None:
+        """How the caller's columns lie in the logits; None if all of them are there."""
+        if self.layers is None:
+            return self.prompt
+        column = self.layers.final
+        return PromptMap(input_ids, column if self.prompt is None else take(self.prompt.column, column))
 
 
 def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfig,
@@ -61,38 +86,65 @@ def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfi
         raise ValueError("input_ids are needed to find the pictures' placeholders; inputs_embeds alone do not tell them")
     mask = as_mask(inputs)
     layouts = adapter.layouts(inputs)
+    reducer = config.image or KeepAll()
+    steps = config.steps(adapter.depth)
     host_ids, host_mask = input_ids.cpu(), None if mask is None else mask.cpu()     # before the tower is launched
     spans = find_placeholders(host_ids, adapter.image_token_id, [layout.tokens for layout in layouts])
     run = Run(rows=len(input_ids), columns=input_ids.shape[1], stopwatch=Stopwatch(input_ids.device))
 
-    def shorten(counts: list[int]) -> PromptMap | None:
-        return plan(input_ids, host_ids, host_mask, spans, counts, side or padding_side(host_mask))
+    def shorten(counts: list[int]) -> None:
+        on = side or padding_side(host_mask)
+        run.prompt = plan(input_ids, host_ids, host_mask, spans, counts, on)
+        if steps:
+            run.layers = _plan_layers(steps, run.prompt, host_ids, host_mask, spans, layouts, counts, on, inputs.get("labels"),
+                                      input_ids.device)
 
-    counts_need_data = getattr(config.image, "count_is_bound", False)
+    counts_need_data = getattr(reducer, "count_is_bound", False)
     question = None
     with run.stopwatch.stage("plan"):
         if not counts_need_data:                                # everything the host has to do is done before the tower runs
-            run.prompt = shorten([config.image.count(layout) for layout in layouts])
-        if getattr(config.image, "reads_question", False):
+            shorten([reducer.count(layout) for layout in layouts])
+        if getattr(reducer, "reads_question", False):
             question = _questions(adapter, host_ids, host_mask, spans)
     with run.stopwatch.stage("encode"):
         if encoded is None:
-            encoded = adapter.encode(inputs, getattr(config.image, "captures", ()))
+            encoded = adapter.encode(inputs, config.captures(adapter.depth))
+        if any(getattr(step.reducer, "captures", ()) for step in steps):
+            run.vision = partial(encoded.state, layouts)
     with run.stopwatch.stage("reduce"):
-        reduced = _reduce(adapter, encoded, layouts, config.image, question)
+        reduced = _reduce(adapter, encoded, layouts, reducer, question)
     with run.stopwatch.stage("pack"):
         run.items = [Item("image", row, layout, index, source, mass)
                      for (row, _), layout, (_, index, source, mass) in zip(spans, layouts, reduced)]
         if counts_need_data:
-            run.prompt = shorten([item.after for item in run.items])
+            shorten([item.after for item in run.items])
         run.inputs = {k: v for k, v in inputs.items() if k not in adapter.encoder_inputs}
         run.inputs.update(_shortened(run, inputs, mask, spans, config.positions))
+        if inputs.get("labels") is not None and (final := run.final(input_ids)) is not None:
+            run.inputs["labels"] = final.select(inputs["labels"], -100)
         rows: dict[int, list[Tensor]] = {}
         for (row, _), (tokens, *_rest) in zip(spans, reduced):
             rows.setdefault(row, []).append(tokens)
         # one tensor a prompt: transformers then repeats the right features for beams and num_return_sequences
         run.inputs["mm_encoder_outputs"] = adapter.outputs([torch.cat(t) if len(t) > 1 else t[0] for t in rows.values()])
     return run
+
+
+def _plan_layers(steps: Sequence[Step], prompt: PromptMap | None, ids: Tensor, mask: Tensor | None,
+                 spans: Sequence[tuple[int, Tensor]], layouts: Sequence[Any], counts: Sequence[int],
+                 side: Literal["left", "right"], labels: Tensor | None, device: torch.device) -> LayerPlan | None:
+    """Plan the layer reducers on the prompt that enters the language model."""
+    labels = None if labels is None else labels.cpu()
+    if prompt is None:
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        starts = [int(columns[0]) for _, columns in spans]
+    else:
+        valid = prompt.column >= 0
+        labels = None if labels is None else prompt.select(labels, -100)
+        starts = [int((prompt.column[row] == columns[0]).nonzero()[0]) for row, columns in spans]
+    entering = [layout if k == layout.tokens else SequenceLayout(k, k) for layout, k in zip(layouts, counts)]
+    found = [Span(row, start, layout) for (row, _), start, layout in zip(spans, starts, entering)]
+    return plan_layers(steps, valid, found, side, labels, device)
 
 
 Reduced = tuple[Tensor, Tensor, Tensor, "Tensor | None"]        # one picture's tokens, index, source, mass
@@ -146,9 +198,8 @@ def _shortened(run: Run, inputs: Mapping[str, Any], mask: Tensor | None, spans: 
     if mask is not None or prompt.is_padded or positions == "original":
         full = torch.ones_like(ids) if mask is None else mask
         out["attention_mask"] = prompt.select(full, 0)
-    for name, pad in (("labels", -100), ("token_type_ids", 0)):
-        if inputs.get(name) is not None:
-            out[name] = prompt.select(inputs[name], pad)
+    if inputs.get("token_type_ids") is not None:
+        out["token_type_ids"] = prompt.select(inputs["token_type_ids"], 0)
     given = inputs.get("position_ids")
     if given is not None or positions == "original":
         if given is None:

@@ -103,15 +103,21 @@ def plan(input_ids: Tensor, host_ids: Tensor, mask: Tensor | None, spans: Sequen
     stays = torch.ones_like(host_ids, dtype=torch.bool) if mask is None else mask.bool().clone()
     for k, (row, columns) in zip(kept, spans):
         stays[row, columns[k:]] = False
-    rows = [s.nonzero()[:, 0] for s in stays]
-    length = max(len(r) for r in rows)
-    column = torch.full((len(rows), length), -1, dtype=torch.int64)
-    for row, columns in enumerate(rows):
-        start = length - len(columns) if side == "left" else 0
-        column[row, start:start + len(columns)] = columns
-    prompt = PromptMap(input_ids, column)
+    prompt = PromptMap(input_ids, close_up(stays, side))
     prompt._near                                                # noqa: B018
     return prompt
+
+
+def close_up(stays: Tensor, side: Literal["left", "right"]) -> Tensor:
+    """The columns that stay, moved together and padded to one length with -1 on `side`. (B, L) bool -> (B, L') int64."""
+    lengths = stays.sum(1, keepdim=True)                                                    # (B, 1)
+    length = int(lengths.max())
+    column = torch.where(stays, torch.arange(stays.shape[1]), stays.shape[1]).sort(1).values[:, :length]
+    column = column.masked_fill(column == stays.shape[1], -1)
+    if side == "right":
+        return column
+    shifted = torch.arange(length) - (length - lengths)                                     # (B, L'), negative at padding
+    return column.gather(1, shifted.clamp_min(0)).masked_fill(shifted < 0, -1)
 
 
 def padding_side(mask: Tensor | None) -> Literal["left", "right"]:

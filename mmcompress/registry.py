@@ -6,7 +6,7 @@ Outsiders add theirs with `register("image", "mine", "package.module:Class")`, o
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -24,8 +24,18 @@ _REDUCERS: dict[str, dict[str, str]] = {
         "uniform": "mmcompress.image.uniform:Uniform",
         "random": "mmcompress.image.random:Random",
     },
+    "layers": {
+        "fastv": "mmcompress.layers.fastv:FastV",
+        "pyramid_drop": "mmcompress.layers.pyramid_drop:PyramidDrop",
+        "stage_pool": "mmcompress.layers.stage_pool:StagePool",
+        "in_layer": "mmcompress.layers.in_layer:InLayer",
+    },
 }
 SLOTS = tuple(_REDUCERS)
+_IS = {     # what makes an instance a reducer of a slot
+    "image": ("count", "__call__"),
+    "layers": ("steps",),
+}
 
 
 def register(slot: str, name: str, target: str) -> None:
@@ -71,9 +81,10 @@ def build(slot: str, config: Any) -> Any:
             raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; "
                              f"it has {', '.join(f.name for f in fields(cls))}")
         return cls(**options)
-    if callable(config) and callable(getattr(config, "count", None)) and not isinstance(config, type):
+    if not isinstance(config, type) and all(callable(getattr(config, name, None)) for name in _IS[slot]):
         return config
-    raise ValueError(f"{slot}={config!r}: pass a reducer (an instance with count() and __call__), its name, or a dict")
+    raise ValueError(f"{slot}={config!r}: pass a reducer (an instance with {' and '.join(f'{n}()' for n in _IS[slot])}), its "
+                     f"name, or a dict")
 
 
 def describe(slot: str, reducer: Any) -> dict[str, Any]:
@@ -83,17 +94,23 @@ def describe(slot: str, reducer: Any) -> dict[str, Any]:
     if not names or not is_dataclass(reducer) or isinstance(reducer, type):
         raise ValueError(f"{target} is not registered, so its configuration cannot be saved; "
                          f"call mmcompress.register({slot!r}, NAME, {target!r}) first")
-    defaults = {f.name: f.default for f in fields(reducer)}
-    return {"name": names[0], **{k: v for k, v in asdict(reducer).items() if k == "keep" or v != defaults[k]}}
+    said = {f.name: getattr(reducer, f.name) for f in fields(reducer)
+            if f.name in ("keep", "layer") or getattr(reducer, f.name) != f.default}
+    return {"name": names[0], **{k: describe("image", v) if is_dataclass(v) else _plain(v) for k, v in said.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which YAML and JSON know."""
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def label(reducer: Any) -> str:
-    """A reducer in short: its class, its keep, and the fields that differ from their defaults."""
+    """A reducer in short: its class, its layer and keep, and the fields that differ from their defaults."""
     if not is_dataclass(reducer) or isinstance(reducer, type):
         return repr(reducer)
     shown = [(f.name, getattr(reducer, f.name)) for f in fields(reducer)
-             if f.name == "keep" or getattr(reducer, f.name) != f.default]
-    return f"{type(reducer).__name__}({', '.join(f'{name}={value!r}' for name, value in shown)})"
+             if f.name in ("keep", "layer") or getattr(reducer, f.name) != f.default]
+    return f"{type(reducer).__name__}({', '.join(f'{name}={label(value)}' for name, value in shown)})"
 
 
 def _check_slot(slot: str) -> None:

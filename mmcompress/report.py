@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,12 +83,23 @@ class ItemReport:
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """What is left from one decoder layer on: tokens of all pictures, and columns of the prompt."""
+
+    layer: int
+    tokens: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What one call saved and cost.
 
     Prompt lengths are columns of the batch, padding included. Milliseconds: `plan` (the shorter prompt, on the host),
     `encode` (vision tower and projector), `reduce`, `pack`, `prefill` (the first forward of the language model), `decode`
-    (all later ones). KV bytes are those of a full-precision cache of the prompt, all rows, computed from the configuration.
+    (all later ones). KV bytes are those of a full-precision cache of the prompt, and floating-point operations those of the
+    language model's prefill (`flops.prefill_flops`), all rows, computed from the configuration and the columns of each layer.
+    `layers` says what reducers inside the language model left, layer by layer.
     """
 
     reducer: str
@@ -99,6 +110,10 @@ class Report:
     decode_steps: int = 0
     kv_bytes_before: int = 0
     kv_bytes_after: int = 0
+    flops_before: int = 0
+    flops_after: int = 0
+    depth: int = 0
+    layers: list[LayerReport] = field(default_factory=list)
 
     @property
     def tokens_before(self) -> int:
@@ -108,8 +123,19 @@ class Report:
     def tokens_after(self) -> int:
         return sum(i.tokens_after for i in self.items)
 
+    @property
+    def tokens_mean(self) -> float:
+        """Tokens of the pictures that a decoder layer sees, averaged over the layers."""
+        at, tokens = 0, self.tokens_after
+        total = 0.0
+        for stage in self.layers:
+            total += (stage.layer - at) * tokens
+            at, tokens = stage.layer, stage.tokens
+        return (total + (self.depth - at) * tokens) / max(1, self.depth)
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "tokens_before": self.tokens_before, "tokens_after": self.tokens_after}
+        return {**asdict(self), "tokens_before": self.tokens_before, "tokens_after": self.tokens_after,
+                "tokens_mean": self.tokens_mean}
 
     def __str__(self) -> str:
         if not self.items:
@@ -120,12 +146,21 @@ class Report:
             lines.append(f"  {i.modality} {n} (prompt {i.prompt}): {i.tokens_before} -> {i.tokens_after} tokens "
                          f"({i.kept:.1%}; newlines {i.newlines_before} -> {i.newlines_after}; "
                          f"{i.kept_nominal:.1%} of {i.nominal} nominal patches{merged})")
-        lines.append(f"  prompt {self.prompt_before} -> {self.prompt_after} columns, "
+        for stage in self.layers:
+            lines.append(f"  from layer {stage.layer} of {self.depth}: {stage.tokens} image tokens, {stage.columns} columns")
+        if self.layers:
+            lines.append(f"  {self.tokens_mean:.1f} image tokens on average over the layers")
+        lines.append(f"  prompt {self.prompt_before} -> {self.prompt_after} columns, prefill "
+                     f"{_flops(self.flops_before)} -> {_flops(self.flops_after)}, "
                      f"KV cache {_size(self.kv_bytes_before)} -> {_size(self.kv_bytes_after)}")
         times = [f"{name} {ms:.1f}" for name, ms in self.milliseconds.items() if name != "decode"]
         if self.decode_steps:
             times.append(f"decode {self.milliseconds['decode'] / self.decode_steps:.1f} x {self.decode_steps}")
         return "\n".join([*lines, f"  ms: {', '.join(times)}"])
+
+
+def _flops(count: int) -> str:
+    return f"{count / 1e12:.2f} TFLOP" if count >= 1e11 else f"{count / 1e9:.2f} GFLOP"
 
 
 def _size(count: int) -> str:
@@ -142,12 +177,24 @@ def describe_item(item: Any) -> ItemReport:
                       merged=item.mass is not None)
 
 
-def kv_bytes(config: Any, rows: int, columns: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of `columns` positions in `rows` prompts; sliding-window layers hold their window."""
+def describe_layers(run: Any) -> list[LayerReport]:
+    """What each stage inside the language model left; known from the plan, so nothing is read from the device."""
+    out = []
+    counts = [item.after for item in run.items]
+    for stage in run.layers.stages if run.layers is not None else ():
+        for group in stage.groups:
+            for i in group.items:
+                counts[i] = group.count
+        out.append(LayerReport(stage.step.layer, sum(counts), stage.columns))
+    return out
+
+
+def kv_bytes(config: Any, rows: int, columns: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of keys and values of `rows` prompts, given the columns of each layer; sliding-window layers hold their window."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     window = getattr(text, "sliding_window", None)
-    held = sum(min(columns, window) if kind == "sliding_attention" and window else columns for kind in kinds)
+    held = sum(min(n, window) if kind == "sliding_attention" and window else n for kind, n in zip(kinds, columns))
     return 2 * rows * held * heads * head_dim * dtype.itemsize

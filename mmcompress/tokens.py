@@ -28,6 +28,32 @@ class Layout(ABC):
     def tokens(self) -> int:
         """How many language-model tokens the item costs uncompressed."""
 
+    @property
+    def entered(self) -> int:
+        """How many of its tokens entered the language model."""
+        return self.tokens
+
+    def places(self, device: torch.device | str = "cpu") -> Places:
+        """Where each token lies; only layouts with a geometry tell."""
+        raise SignalError("tokens of this picture were dropped or merged before, so their places on it are no longer a grid; "
+                          "put the reducer that reads the geometry first, or use FastV, PyramidDrop or StagePool(dims=1)")
+
+
+@dataclass(frozen=True)
+class SequenceLayout(Layout):
+    """What an earlier reduction left of an item: `length` tokens in reading order, without geometry."""
+
+    length: int
+    first: int                              # tokens of the item that entered the language model
+
+    @property
+    def tokens(self) -> int:
+        return self.length
+
+    @property
+    def entered(self) -> int:
+        return self.first
+
 
 @dataclass(frozen=True)
 class ImageLayout(Layout):
@@ -162,14 +188,17 @@ class Tokens:
 
     `features` (B, N, D) are the projected tokens in the order of the language model. `vision` holds the layers that
     the reducer named in its `captures`. `question` (B, Q, D) are the input embeddings of the text that follows the
-    picture in its prompt, right-padded, `question_mask` (B, Q) bool which of them are real.
+    picture in its prompt, right-padded, `question_mask` (B, Q) bool which of them are real. Inside the language model
+    `features` are the hidden states that enter a decoder layer, and `attention` (B, N) float32 is what the prompt's
+    querying tokens pay each token, softmaxed over all they see, averaged over heads and queries.
     """
 
     features: Tensor
-    layout: ImageLayout
+    layout: Any
     vision: Mapping[int, LayerState] = field(default_factory=dict)
     question: Tensor | None = None
     question_mask: Tensor | None = None
+    attention: Tensor | None = None
 
     @property
     def places(self) -> Places:
@@ -181,6 +210,13 @@ class Tokens:
             raise SignalError(f"vision layer {layer} was not captured (captured: {sorted(self.vision) or 'none'}); "
                               f"name it in the reducer's `captures`")
         return self.vision[layer]
+
+    def text_attention(self) -> Tensor:
+        """Attention of the prompt's querying tokens (B, N) float32; raises SignalError outside the language model."""
+        if self.attention is None:
+            raise SignalError("the language model's attention to the picture exists inside it only; pass this reducer to "
+                              "wrap(model, layers=[...]), not as image=...")
+        return self.attention
 
     def has_cls(self, layer: int = -1) -> bool:
         """Whether the vision tower puts a [CLS] token before its patches."""
@@ -274,6 +310,17 @@ def identity(x: Tokens) -> Reduction:
     batch, n = x.features.shape[:2]
     index = torch.arange(n, device=x.features.device).expand(batch, n)
     return Reduction(tokens=x.features, index=index, source=index)
+
+
+@dataclass(frozen=True)
+class KeepAll:
+    """The reducer that keeps everything, where pictures are reduced inside the language model only."""
+
+    def count(self, layout: Layout) -> int:
+        return layout.tokens
+
+    def __call__(self, x: Tokens) -> Reduction:
+        return identity(x)
 
 
 def select(x: Tokens, index: Tensor) -> Reduction:

@@ -10,40 +10,46 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+from torch import Tensor
+
 from . import calls, registry
-from .adapters import adapter_for
-from .compat import base_of
-from .config import Positions, WrapConfig
+from .adapters import Encoded, adapter_for
+from .compat import base_of, check_layers
+from .config import Positions, WrapConfig, build_layers
 from .errors import WrapError
+from .flops import prefill_flops
+from .layers.run import enter_layer
 from .pipeline import Item, Run, reduce_inputs
 from .prompt import PromptMap
-from .report import Report, Stopwatch, describe_item, kv_bytes
+from .report import Report, Stopwatch, describe_item, describe_layers, kv_bytes
 
 _STATE = "_mmcompress"          # the handle, in the model's __dict__
 _METHODS = ("forward", "generate")
 
 
-def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: Any = None,
+def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: Any = None, layers: Any = (),
          positions: Positions | None = None) -> Wrapped:
     """Make a LLaVA-style transformers model reduce its pictures' tokens; undo it with `remove()` or a `with` block.
 
     model      a transformers model of a known family, also inside PEFT or with accelerate hooks
     config     a YAML file such as "configs/globalcom2-25.yaml", instead of the keywords
     image      a reducer, its registry name, a dict {"name": ..., fields}, or a YAML file that configures one
+    layers     reducers inside the language model, such as [FastV(2, 0.5)]; one or several, names and dicts as well
     positions  "closed" or "original"; by default what the reducer was made for, see `WrapConfig`
     """
     if isinstance(config, WrapConfig):
         chosen = config
     elif config is not None:
-        if image is not None:
-            raise ValueError("pass either a configuration file or image=..., not both")
+        if image is not None or build_layers(layers):
+            raise ValueError("pass either a configuration file or image=... and layers=..., not both")
         chosen = WrapConfig.load(config)
     else:
-        chosen = WrapConfig(image=_reducer(image), positions=positions)
+        chosen = WrapConfig(image=_reducer(image), positions=positions, layers=build_layers(layers))
     return Wrapped(model, chosen)
 
 
@@ -67,6 +73,9 @@ def compress(model: Any, inputs: Any, *, image: Any, positions: Positions | None
     the pixels. `generate` then returns the shorter prompt before its new tokens. With original positions it needs its cache
     (`use_cache=False` drops the mask, and transformers then reads the gaps as packed sequences; a wrapped model guards that).
     """
+    if image is None:
+        raise ValueError("compress() reduces pictures before the language model: pass image=...; reducers inside it need "
+                         "wrap()")
     base = base_of(model)
     adapter = adapter_for(base)
     config = WrapConfig(image=_reducer(image), positions=positions)
@@ -90,14 +99,18 @@ class Wrapped:
     def __init__(self, model: Any, config: WrapConfig) -> None:
         base = base_of(model)
         if (held := base.__dict__.get(_STATE)) is not None:
-            raise WrapError(f"this model is wrapped already ({registry.label(held.config.image)}); "
+            raise WrapError(f"this model is wrapped already ({held.config.label}); "
                             f"call remove() on that handle, or mmcompress.unwrap(model), first")
         self.outer = model
         self.model = base
         self.config = config
         self.adapter = adapter_for(base)
         self.active = True
+        self.pending: Run | None = None            # while generate runs: what its prefill is to do inside the language model
+        self._hooks: list[Any] = []
+        check_layers(base, config.steps(self.adapter.depth))
         self.run: Run | None = None                # the record of the last reduced call
+        self.ids: Tensor | None = None             # its input_ids
         self.timed: Stopwatch | None = None        # while generate runs: its forward calls are timed
         self._held = {name: base.__dict__.get(name) for name in _METHODS}       # accelerate keeps its own there
         self.stock: dict[str, Callable[..., Any]] = {name: getattr(base, name) for name in _METHODS}
@@ -105,6 +118,19 @@ class Wrapped:
         for name, replacement in (("forward", _forward), ("generate", _generate)):
             base.__dict__[name] = MethodType(_with_signature(replacement, self.stock[name]), base)
         base.__dict__[_STATE] = self
+        if config.layers:
+            self._hook_layers()
+
+    def configure(self, config: WrapConfig) -> None:
+        """Reduce differently from the next call on, as training schedules do; caches made before stay valid."""
+        check_layers(self.model, config.steps(self.adapter.depth))
+        self.config = config
+        if config.layers and not self._hooks:
+            self._hook_layers()
+
+    def _hook_layers(self) -> None:
+        for number, layer in enumerate(self.adapter.decoder_layers):
+            self._hooks.append(layer.register_forward_pre_hook(partial(enter_layer, number), with_kwargs=True))
 
     # calling ------------------------------------------------------------------------------------------------------
 
@@ -125,31 +151,41 @@ class Wrapped:
 
     @property
     def prompt(self) -> PromptMap | None:
-        """How the columns of the last reduced call lie in the shorter prompt; None if none was dropped."""
-        return None if self.run is None else self.run.prompt
+        """How the columns of the last reduced call lie in its logits; None if none was dropped.
+
+        After `generate` with reducers inside the language model: as if `forward` had been called on the prompt.
+        """
+        return None if self.run is None or self.ids is None else self.run.final(self.ids)
 
     @property
     def report(self) -> Report:
         """What the last reduced call saved and cost."""
         run = self.run
         if run is None:
-            return Report(reducer=registry.label(self.config.image))
-        after = run.columns if run.prompt is None else run.prompt.reduced
-        size = lambda columns: kv_bytes(self.model.config, run.rows, columns, self.model.dtype)  # noqa: E731
-        return Report(reducer=registry.label(self.config.image), items=[describe_item(i) for i in run.items],
-                      prompt_before=run.columns, prompt_after=after, milliseconds=run.stopwatch.milliseconds(),
-                      decode_steps=run.stopwatch.count("decode"),
-                      kv_bytes_before=size(run.columns), kv_bytes_after=size(after))
+            return Report(reducer=self.config.label)
+        depth, config = self.adapter.depth, self.model.config
+        before, after = [run.columns] * depth, run.columns_by_layer(depth)
+        size = lambda columns: kv_bytes(config, run.rows, columns, self.model.dtype)  # noqa: E731
+        return Report(reducer=self.config.label, items=[describe_item(i) for i in run.items],
+                      prompt_before=run.columns, prompt_after=after[0], milliseconds=run.stopwatch.milliseconds(),
+                      decode_steps=run.stopwatch.count("decode"), kv_bytes_before=size(before), kv_bytes_after=size(after),
+                      flops_before=prefill_flops(config, run.rows, before), flops_after=prefill_flops(config, run.rows, after),
+                      depth=depth, layers=describe_layers(run))
 
-    def plot(self, image: Any, item: int = 0) -> Any:
-        """The kept tokens over the picture: a matplotlib Figure. `item` numbers the pictures of the last call."""
+    def plot(self, image: Any, item: int = 0, layer: int | None = None) -> Any:
+        """The kept tokens over the picture: a matplotlib Figure.
+
+        item   numbers the pictures of the last call
+        layer  what this decoder layer still saw; None: what entered the language model
+        """
         if not self.last:
             raise ValueError("nothing to plot: call the wrapped model with a picture first")
         if not 0 <= item < len(self.last):
             raise ValueError(f"item={item}: the last call had {len(self.last)} pictures, numbered from 0")
         from .viz.overlay import plot_kept
 
-        return plot_kept(image, self.last[item])
+        shown = self.last[item]
+        return plot_kept(image, shown if layer is None else shown.at(layer))
 
     # keeping and undoing ------------------------------------------------------------------------------------------
 
@@ -183,6 +219,9 @@ class Wrapped:
             else:
                 state[name] = self._held[name]
         del state[_STATE]
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         return self.outer
 
     def __enter__(self) -> Wrapped:
@@ -193,8 +232,7 @@ class Wrapped:
         self.remove()
 
     def __repr__(self) -> str:
-        return (f"Wrapped({type(self.model).__name__}, image={registry.label(self.config.image)}, "
-                f"positions={self.config.positions!r})")
+        return f"Wrapped({type(self.model).__name__}, {self.config.label}, positions={self.config.positions!r})"
 
     def _check_wrapped(self) -> None:
         if self.model.__dict__.get(_STATE) is not self:
@@ -206,10 +244,10 @@ class Wrapped:
         """Whether a call has pictures to reduce."""
         return self.active and self.adapter.has_images(kwargs)
 
-    def start(self, kwargs: dict[str, Any], side: Any = None) -> Run:
+    def start(self, kwargs: dict[str, Any], side: Any = None, encoded: Encoded | None = None) -> Run:
         """Reduce a call; the handle keeps its record, not its tensors."""
-        run = reduce_inputs(self.adapter, kwargs, self.config, side)
-        self.run = replace(run, inputs={})
+        run = reduce_inputs(self.adapter, kwargs, self.config, side, encoded)
+        self.run, self.ids = replace(run, inputs={}, vision=None), kwargs["input_ids"]
         return run
 
 

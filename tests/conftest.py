@@ -13,6 +13,7 @@ from mmcompress.registry import reducer_class
 
 torch.set_num_threads(1)
 METHODS = sorted(mmcompress.available("image"))
+LAYER_METHODS = sorted(mmcompress.available("layers"))
 
 
 def reducers(keep):
@@ -29,4 +30,18 @@ def pico():
 @pytest.fixture(params=METHODS)
 def method(request):
     """The name of each registered image reducer in turn."""
+    return request.param
+
+
+def layer_reducer(name, keep=0.4):
+    """A registered layer reducer by name, for a language model of four layers."""
+    options = {"fastv": dict(layer=2, keep=keep), "pyramid_drop": dict(stages=((1, keep), (3, keep / 2))),
+               "stage_pool": dict(layer=1, stride=max(1, round(1 / keep))),
+               "in_layer": dict(layer=2, reducer={"name": "global_rank", "keep": keep})}
+    return reducer_class("layers", name)(**options.get(name, {}))
+
+
+@pytest.fixture(params=LAYER_METHODS)
+def layer_method(request):
+    """The name of each registered layer reducer in turn."""
     return request.param

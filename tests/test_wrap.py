@@ -499,7 +499,7 @@ def test_errors_say_what_to_do(model, tmp_path):
     with pytest.raises(ValueError, match=r"positions='shut': 'closed' or 'original'"):
         mmcompress.wrap(model, image="uniform", positions="shut")
     (tmp_path / "bad.yaml").write_text("picture: {name: globalcom2}\n")
-    with pytest.raises(ValueError, match=r"unknown keys picture; a configuration has image and positions"):
+    with pytest.raises(ValueError, match=r"unknown keys picture; a configuration has image, layers and positions"):
         mmcompress.wrap(model, tmp_path / "bad.yaml")
     with pytest.raises(ValueError, match=r"temperature=-1"):
         GlobalCom2(temperature=-1)

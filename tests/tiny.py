@@ -33,18 +33,18 @@ def vision(tower: str, side: int = SIDE, patch: int = PATCH):
     return Dinov2Config(**{k: v for k, v in _vision.items() if k != "intermediate_size"}, mlp_ratio=1), "default"
 
 
-def text(kind: str = "llama"):
-    options = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+def text(kind: str = "llama", depth: int = 2):
+    options = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=depth, num_attention_heads=4, num_key_value_heads=2,
                    vocab_size=VOCAB, max_position_embeddings=2048, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS,
                    initializer_range=0.2)
     return MistralConfig(**options, sliding_window=None) if kind == "mistral" else LlamaConfig(**options)
 
 
 def llava_next(tower: str = "clip", language: str = "llama", seed: int = 0, side: int = SIDE, patch: int = PATCH,
-               pinpoints=PINPOINTS, **options):
+               pinpoints=PINPOINTS, depth: int = 2, **options):
     torch.manual_seed(seed)
     vision_config, strategy = vision(tower, side, patch)
-    config = LlavaNextConfig(vision_config=vision_config, text_config=text(language), image_token_index=IMAGE,
+    config = LlavaNextConfig(vision_config=vision_config, text_config=text(language, depth), image_token_index=IMAGE,
                              image_grid_pinpoints=pinpoints, vision_feature_select_strategy=strategy)
     model = LlavaNextForConditionalGeneration._from_config(config, **options).eval()
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, EOS

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
-from torch import Tensor
-
-from ..ops.pooling import average_by_slot, even_split, grid_cells
+from ..ops.pooling import average_by_slot, even_split, grid_cells, slots_on_device
 from ..tokens import ImageLayout, ImageReducer, Reduction, Tokens
 
 
@@ -22,26 +18,11 @@ class AveragePool(ImageReducer):
     """
 
     def reduce(self, x: Tokens, k: int) -> Reduction:
-        slot, index = _on_device(x.layout, k, x.features.device)
+        slot, index = slots_on_device(pooled_slots, x.features.device, x.layout, k)
         tokens, mass = average_by_slot(x.features, slot, k)
         batch = len(x.features)
         return Reduction(tokens=tokens, index=index.expand(batch, -1), source=slot.expand(batch, -1),
                          mass=mass.expand(batch, -1))
-
-
-def _on_device(layout: ImageLayout, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`pooled_slots` as tensors, copied to a device once."""
-    if torch.compiler.is_compiling():
-        slots, index = pooled_slots(layout, k)
-        return torch.tensor(slots, device=device), torch.tensor(index, device=device)
-    return _cached(layout, k, device)
-
-
-@lru_cache(maxsize=256)
-def _cached(layout: ImageLayout, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):                   # a cached inference tensor could never serve a training step
-        slots, index = pooled_slots(layout, k)
-        return torch.tensor(slots, device=device), torch.tensor(index, device=device)
 
 
 def pooled_slots(layout: ImageLayout, k: int) -> tuple[list[int], list[int]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,3 +34,21 @@ def average_by_slot(features: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Ten
     mass = member.sum(1)
     mean = (member / mass.clamp_min(1)[:, None]) @ features.float()
     return mean.to(features.dtype), mass
+
+
+Slots = Callable[..., tuple[list[int], list[int]]]
+
+
+def slots_on_device(slots: Slots, device: torch.device, *args: Any) -> tuple[Tensor, Tensor]:
+    """What `slots(*args)` says of a partition, slot of each token and index of each slot, as tensors; copied once a device."""
+    if torch.compiler.is_compiling():
+        slot, index = slots(*args)
+        return torch.tensor(slot, device=device), torch.tensor(index, device=device)
+    return _cached(slots, device, *args)
+
+
+@lru_cache(maxsize=256)
+def _cached(slots: Slots, device: torch.device, *args: Any) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):                   # a cached inference tensor could never serve a training step
+        slot, index = slots(*args)
+        return torch.tensor(slot, device=device), torch.tensor(index, device=device)
