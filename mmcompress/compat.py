@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from .errors import UnsupportedModelError
@@ -62,6 +64,31 @@ def check_decoding(call: dict[str, Any]) -> None:
         if call.get(name, getattr(config, name, None)):
             raise ValueError(f"{name}: with layers=[...] the cache's layers have different lengths, which this way of "
                              f"generating does not know; leave it out, or use an image reducer")
+
+
+def check_resumed(model: Any, folder: Path) -> None:
+    """Raise if `Trainer` resumed a checkpoint's optimizer and step but not its weights.
+
+    transformers 5.23 writes LLaVA checkpoints under other names than the model's, and its Trainer reads them back without
+    translating: it warns of missing keys and trains on from whatever the model holds.
+    """
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        return                                                  # sharded, PEFT, FSDP: other ways of loading
+    from safetensors import safe_open
+
+    held = base_of(model).state_dict()
+    with safe_open(file, "pt") as saved:
+        names = list(saved.keys())
+        if any(name in held for name in names):
+            return
+        for name in names:
+            for same in (key for key in held if key.endswith(f".{name}")):
+                if not torch.equal(saved.get_tensor(name), held[same].cpu()):
+                    raise ValueError(f"transformers {transformers.__version__}'s Trainer did not load the weights of {folder} "
+                                     f"(it does not translate their names); build the Trainer with "
+                                     f"{type(base_of(model)).__name__}.from_pretrained({str(folder)!r}) and resume again")
+                return
 
 
 def base_of(model: Any) -> Any:

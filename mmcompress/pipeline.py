@@ -65,6 +65,17 @@ class Run:
         stages = [] if self.layers is None else self.layers.stages
         return [([entering] + [s.columns for s in stages if s.step.layer <= layer])[-1] for layer in range(depth)]
 
+    def tokens_by_layer(self, depth: int) -> list[int]:
+        """Tokens of all pictures that each of `depth` decoder layers sees."""
+        now = [item.after for item in self.items]
+        out = [sum(now)] * depth
+        for stage in [] if self.layers is None else self.layers.stages:
+            for group in stage.groups:
+                for i in group.items:
+                    now[i] = group.count
+            out[stage.step.layer:] = [sum(now)] * (depth - stage.step.layer)
+        return out
+
     def final(self, input_ids: Tensor) -> PromptMap | None:
         """How the caller's columns lie in the logits; None if all of them are there."""
         if self.layers is None:

@@ -99,7 +99,8 @@ class Report:
     `encode` (vision tower and projector), `reduce`, `pack`, `prefill` (the first forward of the language model), `decode`
     (all later ones). KV bytes are those of a full-precision cache of the prompt, and floating-point operations those of the
     language model's prefill (`flops.prefill_flops`), all rows, computed from the configuration and the columns of each layer.
-    `layers` says what reducers inside the language model left, layer by layer.
+    `tokens_mean` is what a decoder layer reads of the pictures, averaged over its `depth` layers; `layers` says what reducers
+    inside the language model left, layer by layer.
     """
 
     reducer: str
@@ -113,6 +114,7 @@ class Report:
     flops_before: int = 0
     flops_after: int = 0
     depth: int = 0
+    tokens_mean: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
 
     @property
@@ -123,19 +125,8 @@ class Report:
     def tokens_after(self) -> int:
         return sum(i.tokens_after for i in self.items)
 
-    @property
-    def tokens_mean(self) -> float:
-        """Tokens of the pictures that a decoder layer sees, averaged over the layers."""
-        at, tokens = 0, self.tokens_after
-        total = 0.0
-        for stage in self.layers:
-            total += (stage.layer - at) * tokens
-            at, tokens = stage.layer, stage.tokens
-        return (total + (self.depth - at) * tokens) / max(1, self.depth)
-
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "tokens_before": self.tokens_before, "tokens_after": self.tokens_after,
-                "tokens_mean": self.tokens_mean}
+        return {**asdict(self), "tokens_before": self.tokens_before, "tokens_after": self.tokens_after}
 
     def __str__(self) -> str:
         if not self.items:
@@ -177,16 +168,10 @@ def describe_item(item: Any) -> ItemReport:
                       merged=item.mass is not None)
 
 
-def describe_layers(run: Any) -> list[LayerReport]:
+def describe_layers(run: Any, depth: int) -> list[LayerReport]:
     """What each stage inside the language model left; known from the plan, so nothing is read from the device."""
-    out = []
-    counts = [item.after for item in run.items]
-    for stage in run.layers.stages if run.layers is not None else ():
-        for group in stage.groups:
-            for i in group.items:
-                counts[i] = group.count
-        out.append(LayerReport(stage.step.layer, sum(counts), stage.columns))
-    return out
+    tokens, stages = run.tokens_by_layer(depth), [] if run.layers is None else run.layers.stages
+    return [LayerReport(s.step.layer, tokens[s.step.layer], s.columns) for s in stages]
 
 
 def kv_bytes(config: Any, rows: int, columns: Sequence[int], dtype: torch.dtype) -> int:

@@ -107,6 +107,9 @@ class Wrapped:
         self.adapter = adapter_for(base)
         self.active = True
         self.pending: Run | None = None            # while generate runs: what its prefill is to do inside the language model
+        self.only_training = False                 # evaluation mode sees all tokens, as training schedules want
+        self.watch: Callable[[Run], None] | None = None        # told of every reduced call
+        self._encoded: list[tuple[Any, Encoded]] | None = None  # within encoding_shared(): pixels and what they gave
         self._hooks: list[Any] = []
         check_layers(base, config.steps(self.adapter.depth))
         self.run: Run | None = None                # the record of the last reduced call
@@ -170,7 +173,7 @@ class Wrapped:
                       prompt_before=run.columns, prompt_after=after[0], milliseconds=run.stopwatch.milliseconds(),
                       decode_steps=run.stopwatch.count("decode"), kv_bytes_before=size(before), kv_bytes_after=size(after),
                       flops_before=prefill_flops(config, run.rows, before), flops_after=prefill_flops(config, run.rows, after),
-                      depth=depth, layers=describe_layers(run))
+                      depth=depth, tokens_mean=sum(run.tokens_by_layer(depth)) / depth, layers=describe_layers(run, depth))
 
     def plot(self, image: Any, item: int = 0, layer: int | None = None) -> Any:
         """The kept tokens over the picture: a matplotlib Figure.
@@ -242,13 +245,46 @@ class Wrapped:
 
     def reduces(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call has pictures to reduce."""
-        return self.active and self.adapter.has_images(kwargs)
+        return self.active and (self.model.training or not self.only_training) and self.adapter.has_images(kwargs)
 
     def start(self, kwargs: dict[str, Any], side: Any = None, encoded: Encoded | None = None) -> Run:
         """Reduce a call; the handle keeps its record, not its tensors."""
+        if encoded is None and self._encoded is not None:
+            encoded = self._encode_once(kwargs)
         run = reduce_inputs(self.adapter, kwargs, self.config, side, encoded)
         self.run, self.ids = replace(run, inputs={}, vision=None), kwargs["input_ids"]
+        if self.watch is not None:
+            self.watch(run)
         return run
+
+    @contextmanager
+    def encoding_shared(self) -> Iterator[None]:
+        """Calls within the block that see the same pixels share the vision tower's work, gradients included.
+
+        The first of them decides which vision layers are captured, so it must be the one whose reducers read them.
+        """
+        self._encoded = []
+        try:
+            yield
+        finally:
+            self._encoded = None
+
+    def _encode_once(self, kwargs: dict[str, Any]) -> Encoded:
+        assert self._encoded is not None
+        pixels = kwargs["pixel_values"]
+        for seen, encoded in self._encoded:
+            if seen is pixels:
+                return encoded
+        encoded = self.adapter.encode(kwargs, self.config.captures(self.adapter.depth))
+        self._encoded.append((pixels, encoded))
+        return encoded
+
+
+def from_inside(model: Any) -> Any:
+    """The transformers or PEFT model inside DDP, FSDP or torch.compile, or the model itself."""
+    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
+        model = inner
+    return model
 
 
 def _is_ours(method: Any) -> bool:
