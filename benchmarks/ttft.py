@@ -1,6 +1,7 @@
 """Time to first token of LLaVA-NeXT-7B, stock and wrapped, stage by stage, next to the ideal.
 
     python benchmarks/ttft.py --out ttft.csv                # one GPU, the 7B shape with random weights
+    python benchmarks/ttft.py --layers fastv,pyramid_drop   # reducers inside the language model as well
     python benchmarks/ttft.py --profile                     # does a reducer wait for the device? (exit 1 if it does)
     python benchmarks/ttft.py --small --device cpu          # the same code on any machine; its times mean little
 
@@ -14,28 +15,41 @@ decode                          one more token on the cache this left
 ideal                           the stock encoder, then the language model alone on that many inputs_embeds
 ideal/ttft                      1 means that reducing and packing cost nothing; the rest is their price
 peak                            GiB allocated at most during the forward, weights included
+
+Of a reducer inside the language model, `keep` and `tokens` are means over the layers. Its ideal is a chain of stock language
+models, one for each run of layers that sees equally many columns: the stock module with these layers only (the same weights;
+the final norm after the last layer only), called on the first columns of what the one before gave. Ranking and gathering
+cost nothing there, so ideal/ttft says what they cost here, as part of prefill.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import build_model, clock, positive, print_table, versions, write_csv
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 import mmcompress
 from mmcompress.adapters import adapter_for
 from mmcompress.image import GlobalCom2, GlobalRank
+from mmcompress.layers import FastV, PyramidDrop
+from mmcompress.report import Report
 from mmcompress.tokens import Tokens
 
 METHODS = {"globalcom2": GlobalCom2, "global_rank": GlobalRank}
+IN_LAYERS: dict[str, Callable[[int], Any]] = {      # of a language model's depth; their defaults where they fit into it
+    "fastv": lambda depth: FastV(min(2, depth - 1), 0.5),
+    "pyramid_drop": lambda depth: PyramidDrop.for_depth(depth) if depth >= 4 else PyramidDrop(((depth // 2, 0.5),)),
+}
 SIDE, TEXT = 672, 64                    # pixels of a picture; tokens of text in a prompt, <s> included
 PICTURES = ("pixel_values", "image_sizes")
 STAGES = ("plan", "encode", "reduce", "pack", "prefill")
@@ -44,7 +58,7 @@ COLUMNS = ("method", "keep", "batch", "tokens", *STAGES, "ttft", "decode", "idea
 Row = dict[str, Any]
 
 
-def make_inputs(model: Any, batch: int) -> dict[str, torch.Tensor]:
+def make_inputs(model: Any, batch: int) -> dict[str, Tensor]:
     """What the processor returns for `batch` prompts of one picture each, with random pixels and text."""
     layout = adapter_for(model).layout(SIDE, SIDE)
     place = model.config.image_token_id
@@ -81,32 +95,53 @@ def measure_stock(model: Any, inputs: Row, repeats: int) -> Row:
             **measure(lambda: model(**inputs, logits_to_keep=1), model, repeats)}
 
 
-def measure_wrapped(model: Any, reducer: Any, inputs: Row, repeats: int) -> Row:
-    stages: list[dict[str, float]] = []
-    with mmcompress.wrap(model, image=reducer) as w:
-        row = measure(lambda: w(**inputs, logits_to_keep=1), model, repeats,
-                      after=lambda out: stages.append(w.report.milliseconds))
-    return {**{stage: statistics.median(s[stage] for s in stages) for stage in STAGES}, **row}
+def measure_wrapped(model: Any, inputs: Row, repeats: int, **reducers: Any) -> tuple[Row, Report]:
+    """The same of a wrapped model with its stages, and the report of its last call."""
+    reports: list[Report] = []
+    with mmcompress.wrap(model, **reducers) as w:
+        row = measure(lambda: w(**inputs, logits_to_keep=1), model, repeats, after=lambda out: reports.append(w.report))
+    return {**{stage: statistics.median(r.milliseconds[stage] for r in reports) for stage in STAGES}, **row}, reports[-1]
 
 
-def measure_ideal(model: Any, tokens: int, inputs: Row, repeats: int) -> float:
-    """The stock encoder, then the language model alone on that many tokens: what a free reducer would take."""
+def measure_ideal(model: Any, columns: Sequence[tuple[int, int]], inputs: Row, repeats: int) -> float:
+    """The stock encoder, then the language model alone on that many columns: what a free reducer would take.
+
+    columns  (layer, how many columns there are from it on), the first at layer 0
+    """
     batch, width = len(inputs["input_ids"]), model.config.text_config.hidden_size
-    embeds = torch.randn(batch, tokens + TEXT, width, device=model.device, dtype=model.dtype)
+    embeds = torch.randn(batch, columns[0][1], width, device=model.device, dtype=model.dtype)
     pictures = {k: inputs[k] for k in PICTURES}
+    language_model = model.model.language_model
+    ends = [layer for layer, _ in columns[1:]] + [len(language_model.layers)]
+    parts = [(some_layers(language_model, first, end), n) for (first, n), end in zip(columns, ends)]
 
-    def first_token() -> torch.Tensor:
+    def first_token() -> Tensor:
         model.model.get_image_features(**pictures)
-        hidden = model.model.language_model(inputs_embeds=embeds, use_cache=True).last_hidden_state
+        hidden, caches = embeds, []
+        for part, n in parts:
+            out = part(inputs_embeds=hidden[:, :n], use_cache=True)
+            hidden = out.last_hidden_state
+            caches.append(out.past_key_values)                              # all of them live until the first token
         return model.lm_head(hidden[:, -1:])
 
     return clock(first_token, model.device, repeats)
 
 
-def run(model: Any, keeps: Sequence[float], batches: Sequence[int], methods: Sequence[str], repeats: int) -> list[Row]:
-    """One row per (method, keep, batch), the stock model first for each batch."""
+def some_layers(language_model: Any, first: int, end: int) -> Any:
+    """The stock language model with layers `first` to `end` only, shared with it; the final norm only after the last."""
+    part = copy.copy(language_model)
+    part._modules = dict(language_model._modules)
+    part.layers = language_model.layers[first:end]
+    if end < len(language_model.layers):
+        part.norm = nn.Identity()
+    return part
+
+
+def run(model: Any, keeps: Sequence[float], batches: Sequence[int], methods: Sequence[str], layers: Sequence[str],
+        repeats: int) -> list[Row]:
+    """One row per (method, keep, batch), the stock model first for each batch, reducers inside the language model last."""
     rows = []
-    with tqdm(total=len(batches) * (1 + len(keeps) * (1 + len(methods))), unit="case") as bar:
+    with tqdm(total=len(batches) * (1 + len(keeps) * (1 + len(methods)) + len(layers)), unit="case") as bar:
         for batch in batches:
             inputs = make_inputs(model, batch)
             stock = measure_stock(model, inputs, repeats)
@@ -116,22 +151,34 @@ def run(model: Any, keeps: Sequence[float], batches: Sequence[int], methods: Seq
             ideals = {}
             for keep in keeps:
                 tokens = GlobalCom2(keep=keep).count(full)
-                ideals[tokens] = measure_ideal(model, tokens, inputs, repeats)
+                ideals[tokens] = measure_ideal(model, [(0, tokens + TEXT)], inputs, repeats)
                 bar.update()
                 for method in methods:
                     reducer = METHODS[method](keep=keep)
                     if reducer.count(full) != tokens:
                         raise ValueError(f"{reducer} keeps {reducer.count(full)} of {full.tokens} tokens, not {tokens}")
-                    cases.append({"method": method, "keep": keep, "tokens": tokens,
-                                  **measure_wrapped(model, reducer, inputs, repeats)})
+                    measured, _ = measure_wrapped(model, inputs, repeats, image=reducer)
+                    cases.append({"method": method, "keep": keep, "tokens": tokens, **measured})
                     bar.update()
             if full.tokens not in ideals:
-                ideals[full.tokens] = measure_ideal(model, full.tokens, inputs, repeats)
+                ideals[full.tokens] = measure_ideal(model, [(0, full.tokens + TEXT)], inputs, repeats)
             for case in cases:
-                ideal = ideals[case["tokens"]]
-                rows.append({**case, "batch": batch, "ideal": ideal, "ideal/ttft": ideal / case["ttft"],
-                             "stock/ttft": stock["ttft"] / case["ttft"]})
+                case["ideal"] = ideals[case["tokens"]]
+            for name in layers:
+                cases.append(measure_in_layers(model, name, inputs, repeats))
+                bar.update()
+            rows += [{**case, "batch": batch, "ideal/ttft": case["ideal"] / case["ttft"],
+                      "stock/ttft": stock["ttft"] / case["ttft"]} for case in cases]
     return rows
+
+
+def measure_in_layers(model: Any, name: str, inputs: Row, repeats: int) -> Row:
+    reducer = IN_LAYERS[name](len(model.model.language_model.layers))
+    measured, report = measure_wrapped(model, inputs, repeats, layers=[reducer])
+    columns = [(0, report.prompt_after), *((stage.layer, stage.columns) for stage in report.layers)]
+    return {"method": name, "keep": report.tokens_mean / report.tokens_before,
+            "tokens": round(report.tokens_mean / len(report.items)), **measured,
+            "ideal": measure_ideal(model, columns, inputs, repeats)}
 
 
 # does a reducer wait for the device? ----------------------------------------------------------------------------------
@@ -190,6 +237,14 @@ def run_profile(model: Any, keeps: Sequence[float], batches: Sequence[int], meth
             for m, keep, batch in tqdm(cases, unit="case")]
 
 
+def in_layers(text: str) -> list[str]:
+    """An argparse type: names of reducers inside the language model, between commas."""
+    names = [name for name in text.split(",") if name]
+    if unknown := sorted(set(names) - set(IN_LAYERS)):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(IN_LAYERS)}")
+    return names
+
+
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,10 +254,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=positive, help="default: 11; small: 2")
     parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.1])
     parser.add_argument("--batch", type=positive, nargs="+", help="default: 1 8; small: 1 2")
-    parser.add_argument("--method", choices=tuple(METHODS), nargs="+", default=list(METHODS))
+    parser.add_argument("--method", choices=tuple(METHODS), nargs="*", default=list(METHODS))
+    parser.add_argument("--layers", type=in_layers, default=[], metavar="NAME,NAME",
+                        help=f"reducers inside the language model to measure as well: {', '.join(IN_LAYERS)}")
     parser.add_argument("--profile", action="store_true", help="count host synchronisations instead of timing")
     parser.add_argument("--out", type=Path, help="write the rows to this CSV file")
     args = parser.parse_args(argv)
+    if args.profile and args.layers:
+        parser.error("--profile counts the calls of reducers before the language model; leave out --layers")
 
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -220,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = WAITS if device.type == "cuda" else HOST_READS
         print_table(f"host synchronisations in one call of the reducer\n{title}", rows, ("method", "keep", "batch", *names))
     else:
-        rows = run(model, args.keep, batches, args.method, repeats)
+        rows = run(model, args.keep, batches, args.method, args.layers, repeats)
         rows = [{**{c: row[c] for c in COLUMNS}, "n": repeats} for row in rows]
         print_table(f"milliseconds, median of {repeats}; peak in GiB\n{title}", rows, COLUMNS)
         names = ()

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mmcompress.image import GlobalRank
+from mmcompress.layers import FastV, PyramidDrop
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ABOUT = ["device", "dtype", "torch", "transformers", "mmcompress"]
@@ -20,7 +22,7 @@ def scripts(monkeypatch):
     """Import the scripts as `python benchmarks/x.py` does: their folder comes first."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("common", "ttft", "selection"):
+    for name in ("common", "ttft", "selection", "layer_parity"):
         sys.modules.pop(name, None)
 
 
@@ -53,6 +55,38 @@ def test_ttft_writes_one_row_per_method_keep_and_batch(tmp_path, capsys):
         else:
             assert sum(map(float, stages)) <= times["ttft"] * 1.01                  # the stages lie within the whole
     assert "ideal/ttft" in capsys.readouterr().out
+
+
+def test_ttft_measures_reducers_inside_the_language_model(tmp_path):
+    ttft = importlib.import_module("ttft")
+    out = tmp_path / "ttft.csv"
+    arguments = ["--small", "--device", "cpu", "--repeats", "1", "--keep", "1", "--batch", "2", "--method"]
+    assert ttft.main([*arguments, "--layers", "fastv,pyramid_drop", "--out", str(out)]) == 0
+    rows = read(out)
+    assert [r["method"] for r in rows] == ["stock", "fastv", "pyramid_drop"]
+    for row in rows[1:]:
+        assert (row["keep"], row["tokens"]) == ("0.75", "2196")             # all in the first of two layers, then a half
+        assert sum(float(row[s]) for s in ttft.STAGES) <= float(row["ttft"]) * 1.01
+        assert float(row["ideal/ttft"]) == pytest.approx(float(row["ideal"]) / float(row["ttft"]), rel=1e-2)
+    with pytest.raises(SystemExit):
+        ttft.main([*arguments, "--layers", "fastv,globalcom2"])
+    with pytest.raises(SystemExit):
+        ttft.main([*arguments, "--layers", "fastv", "--profile"])
+    reducers = [ttft.IN_LAYERS["pyramid_drop"](32), ttft.IN_LAYERS["fastv"](32)]
+    assert reducers == [PyramidDrop(), FastV()]                             # a 7B gets the defaults
+
+
+@torch.no_grad()
+def test_ideal_runs_every_layer_once():
+    """Cut into parts, the stock language model gives what it gives whole, and is itself left alone."""
+    ttft, common = importlib.import_module("ttft"), importlib.import_module("common")
+    language_model = common.build_model(torch.device("cpu"), torch.float32, small=True).model.language_model
+    embeds = torch.randn(2, 30, 64)
+    first, last = ttft.some_layers(language_model, 0, 1), ttft.some_layers(language_model, 1, 2)
+    hidden = first(inputs_embeds=embeds).last_hidden_state
+    whole = language_model(inputs_embeds=embeds).last_hidden_state
+    assert torch.equal(last(inputs_embeds=hidden).last_hidden_state, whole)
+    assert len(language_model.layers) == 2 and not torch.allclose(language_model.norm(hidden), hidden)
 
 
 @dataclass(frozen=True)
@@ -205,3 +239,134 @@ def test_random_tokens_carry_the_logits_exactly():
     x = selection.as_tokens(torch.zeros(1, layout.tokens, 1), logits[None], layout)
     places = layout.places()
     assert torch.equal(x.cls_logits()[0, places.is_patch], logits.flatten()[places.patch[places.is_patch]])
+
+
+# layer_parity: the authors' side is played by ours, whole or damaged
+
+
+def play_authors(parity, jobs, damage):
+    """What the worker would answer if the authors' code did as ours does, but for one `damage`."""
+    out = {}
+    for key, job in jobs.items():
+        seed, heads = map(int, key.split("-"))
+        answers = {}
+        for case in (c for c in parity.CASES if c.key in job["calls"]):
+            ours = parity.run_ours(case, parity.build(heads, seed), parity.make_inputs(case, seed))
+            topk = []
+            for stage in range(len(ours["kept"][0]) if ours["kept"] else 0):
+                for kept in ours["kept"]:
+                    before = kept[stage - 1] if stage else torch.arange(parity.TOKENS)
+                    index = torch.searchsorted(before, kept[stage])
+                    if damage in ("choice", "tie") and not stage:
+                        index = (set(range(len(before))) - set(index.tolist())).pop(), *index[1:].tolist()
+                        index = torch.tensor(index).sort().values
+                    scores = torch.ones(len(before)) if damage == "tie" else \
+                        torch.full((len(before),), 0.5).index_fill(0, index, 1.0)
+                    topk.append({"scores": scores, "index": index})
+            ours["topk"] = topk
+            if damage == "gradients":
+                name = next(iter(ours["gradients"]))
+                ours["gradients"] = {**ours["gradients"], name: 1.01 * ours["gradients"][name]}
+            elif damage in ours:
+                ours[damage] = ours[damage] + 1
+            answers[case.key] = {"error": "ValueError: no"} if damage == "error" else ours
+        out[key] = {"about": {"authors_torch": "2", "authors_transformers": "4"}, "answers": answers}
+    return out
+
+
+@pytest.mark.parametrize("method, name, damage, kind", [
+    ("fastv", "one picture", None, "equal"), ("fastv", "one picture", "logits", "another"),
+    ("fastv", "one picture", "choice", "another"), ("fastv", "one picture", "tie", "tied"),
+    ("fastv", "one picture", "new", "another"), ("fastv", "one picture", "scores", "another"),
+    ("fastv", "one picture", "error", "another"), ("fastv", "no picture, 700 tokens", "error", "another"),
+    ("fastv", "two prompts, right padding", "error", "another"), ("fastv", "two prompts, right padding", None, "another"),
+    ("fastv", "two prompts", None, "another"), ("fastv", "the cache of layer K-1", None, "another"),
+    ("pyramid_drop", "training, right padding", None, "equal"), ("pyramid_drop", "training, right padding", "loss", "another"),
+    ("pyramid_drop", "training, right padding", "gradients", "another"),
+    ("pyramid_drop", "training, right padding", "labels", "another"),
+    ("pyramid_drop", "training, right padding", "choice", "another"),
+])
+def test_layer_parity_sees_every_difference(tmp_path, monkeypatch, capsys, method, name, damage, kind):
+    parity = importlib.import_module("layer_parity")
+    monkeypatch.setattr(parity, "CASES", tuple(c for c in parity.CASES if (c.method, c.name) == (method, name)))
+    monkeypatch.setattr(parity, "ask", lambda python, jobs, *checkouts: play_authors(parity, jobs, damage))
+    out = tmp_path / "parity.csv"
+    arguments = ["--fastv", str(tmp_path), "--pyramiddrop", str(tmp_path), "--old-python", "none", "--seeds", "1"]
+    assert parity.main([*arguments, "--out", str(out)]) == (kind == "another")
+    (row,) = read(out)
+    assert (row["method"], row["case"], row["kind"]) == (method, name, kind)
+    assert all(row[name] for name in (*ABOUT, "authors_torch", "authors_transformers"))
+    assert ("ValueError: no" in row["note"]) == (damage == "error")
+    if kind == "equal":
+        assert row["same"] == row["selections"] == str({"fastv": 1, "pyramid_drop": 6}[method])
+        assert float(row["logits"]) == 0 and (row["decoded"] == "8" or float(row["gradients"]) == 0)
+    assert f"{method}: {name}" in capsys.readouterr().out or kind == "equal"
+
+
+@torch.no_grad()
+def test_layer_parity_writes_prompts_as_theirs():
+    """One placeholder a picture, padding on the right, labels beside them, an empty picture for a prompt without one."""
+    parity = importlib.import_module("layer_parity")
+    case = parity.Case("pyramid_drop", "test", lambda n: [[3, 2, 4], [5], [2, 6]], answers=((), (slice(-2, None),), ()))
+    model = parity.build(4, 0)
+    inputs = parity.make_inputs(case, 0)
+    call = parity.as_theirs(case, model, inputs)
+    assert inputs["attention_mask"].sum(1).tolist() == [9 + 2 * 576, 5, 8 + 576]
+    assert call["mask"].sum(1).tolist() == [11, 5, 9] and call["ids"].shape == (3, 11)
+    assert (call["ids"] == parity.IMAGE_THERE).nonzero().tolist() == [[0, 3], [0, 6], [2, 2]]
+    assert torch.equal(call["labels"][1, 3:5], inputs["input_ids"][1, 3:5]) and (call["labels"] != -100).sum() == 2
+    features = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
+    assert torch.equal(call["images"], torch.stack([*features[:2], torch.zeros_like(features[0]), features[2]]))
+    fastv = parity.Case("fastv", "test", lambda n: [[parity.BEFORE, 3]])
+    inputs = parity.make_inputs(fastv, 0)
+    call = parity.as_theirs(fastv, model, inputs)
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    assert torch.equal(call["embeds"][0, 35:611], features) and call["embeds"].shape[1] == 614
+
+
+THEIR_FASTV = "import sys\n\nassert 'mmcompress' not in sys.modules and 'common' not in sys.modules\n"
+THEIR_PYRAMID_DROP = '''
+import torch
+from types import SimpleNamespace as Space
+
+
+class LlavaConfig(Space): ...
+
+
+class Inner(torch.nn.Module):
+    def pdrop_forward(self, labels, images):
+        if labels is None:
+            raise ValueError("no labels")
+        kept = images.sum(-1).topk(int(images.shape[1] * self.image_token_ratio_list[1])).indices
+        return images.gather(1, kept[..., None].expand(-1, -1, images.shape[2])), labels + self.layer_list[0]
+
+
+class LlavaLlamaForCausalLM_PDrop(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.model, self.weight = Inner(), torch.nn.Parameter(torch.zeros(config.width))
+
+    def forward(self, input_ids, attention_mask, images, labels, use_cache, return_dict):
+        return Space(logits=self.model.pdrop_forward(labels=labels, images=images)[0] * self.weight, past_key_values=None)
+'''
+
+
+def test_layer_parity_worker_needs_no_mmcompress_and_notes_what_was_chosen(tmp_path):
+    (tmp_path / "src/FastV/lmms-eval").mkdir(parents=True)
+    (tmp_path / "src/FastV/lmms-eval/fastv_kvcache.py").write_text(THEIR_FASTV)
+    (tmp_path / "llava/model/language_model").mkdir(parents=True)
+    (tmp_path / "llava/model/language_model/llava_llama_pdrop.py").write_text(THEIR_PYRAMID_DROP)
+    images = torch.tensor([[[1.0], [4.0], [2.0], [3.0]]])
+    call = {"method": "pyramid_drop", "attention": "sdpa", "do": "forward", "cache": False, "mask": None,
+            "ids": torch.ones(1, 2), "labels": torch.tensor([[1, 2]]), "images": images, "stages": ((3, 0.5),)}
+    torch.save({"config": {"width": 1}, "weights": {"weight": torch.tensor([10.0])},
+                "calls": {"good": call, "bad": {**call, "labels": None}}}, tmp_path / "job-0.pt")
+    command = [sys.executable, str(BENCHMARKS / "layer_parity.py"), "--worker", *[str(tmp_path)] * 3]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = torch.load(tmp_path / "answer-0.pt")
+    assert answer["about"]["authors_torch"] == torch.__version__
+    assert answer["answers"]["bad"] == {"error": "ValueError: no labels"}
+    good = answer["answers"]["good"]
+    assert good["logits"].flatten().tolist() == [40.0, 30.0] and good["labels"].tolist() == [[4, 5]]
+    assert [(t["scores"].tolist(), t["index"].tolist()) for t in good["topk"]] == [([1.0, 4.0, 2.0, 3.0], [1, 3])]
