@@ -32,28 +32,23 @@ def forward(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
         _fit_mask_to_cache(kwargs)
         pending = handle.pending if kwargs.get("mm_encoder_outputs") is not None else None
         if handle.timed is None:
-            return _stock_forward(handle, kwargs, pending)
+            return through_layers(handle, kwargs, pending)
         _mask_for_gaps(kwargs, handle)
         if torch.compiler.is_compiling():
-            return _stock_forward(handle, kwargs, pending)
+            return through_layers(handle, kwargs, pending)
         with handle.timed.stage("decode" if handle.timed.count("prefill") else "prefill"):
-            return _stock_forward(handle, kwargs, pending)
-    return prefill(handle, kwargs)
-
-
-def prefill(handle: Wrapped, kwargs: dict[str, Any], encoded: Any = None) -> Any:
-    """A forward call with pictures. `encoded`: what the adapter made of them, if that is known already."""
+            return through_layers(handle, kwargs, pending)
     if (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() > 0:
         raise ValueError("forward() with pictures and a filled cache: let generate() continue the conversation, "
                          "or call forward with a fresh cache")
-    run = handle.start(kwargs, encoded=encoded)
+    run = handle.start(kwargs)
     with run.stopwatch.stage("prefill"):
-        out = _stock_forward(handle, run.inputs, run)
+        out = through_layers(handle, run.inputs, run)
     remember(_cache_of(out), run.prompt)
     return out
 
 
-def _stock_forward(handle: Wrapped, kwargs: dict[str, Any], run: Run | None) -> Any:
+def through_layers(handle: Wrapped, kwargs: dict[str, Any], run: Run | None) -> Any:
     """The stock forward; `run` says what is to be reduced inside the language model, the cache what was."""
     layers = _layer_run(handle, kwargs, run)
     if layers is None:

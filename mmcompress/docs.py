@@ -37,10 +37,10 @@ def _method(slot: str, name: str) -> Method:
 
 def methods_table() -> str:
     """The reducers as a Markdown table, ending in a newline; README.md holds it word for word."""
-    lines = ["| name | class | what it is | options |", "|---|---|---|---|"]
+    lines = ["| slot | name | class | what it is | options |", "|---|---|---|---|---|"]
     for m in methods():
         options = ", ".join(f"`{k}={_short(v)!r}`" for k, v in m.options.items())
-        lines.append(f"| `{m.name}` | `{m.target.partition(':')[2]}` | {m.about} | {options} |")
+        lines.append(f"| {m.slot} | `{m.name}` | `{m.target.partition(':')[2]}` | {m.about} | {options} |")
     return "\n".join(lines) + "\n"
 
 

@@ -35,13 +35,14 @@ def picture(tmp_path):
 
 def test_list_shows_the_registry():
     listed = output("list")["methods"]
-    assert [m["name"] for m in listed] == list(mmcompress.available("image"))
+    names = [(slot, name) for slot in mmcompress.registry.SLOTS for name in mmcompress.available(slot)]
+    assert [(m["slot"], m["name"]) for m in listed] == names
     for m in listed:
-        cls = mmcompress.registry.reducer_class("image", m["name"])
+        cls = mmcompress.registry.reducer_class(m["slot"], m["name"])
         assert cls(**m["options"]) == cls()                         # the defaults it shows are the defaults
         assert m["about"] and "\n" not in m["about"]
     shown = call("list").stdout
-    assert all(name in shown for name in mmcompress.available("image"))
+    assert all(name in shown for _, name in names)
 
 
 def test_eval_takes_all_and_options_together(tmp_path):
@@ -61,12 +62,29 @@ def test_eval_compares_on_the_same_questions(tmp_path):
     assert call(*args, "--against", "nobody").exit_code == 2
 
 
+def test_eval_and_run_reduce_inside_the_language_model(tmp_path):
+    got = output("eval", "pico", "--methods", "fastv:layer=4,pyramid_drop,pyramid_drop:stages=[[4,0.5]]", "--keep", "0.5,0.3",
+                 "--n", "2", "--out", tmp_path)
+    rows = {(r["method"], r["keep"]): r for r in got["rows"] if r["kind"] == "all"}
+    assert list(rows) == [("all tokens", 1.0), ("fastv:layer=4", 0.5), ("fastv:layer=4", 0.3), ("pyramid_drop", None),
+                          ("pyramid_drop:stages=[[4,0.5]]", None)]
+    whole = rows["all tokens", 1.0]["tokens_before"]
+    assert abs(rows["fastv:layer=4", 0.5]["tokens_after"] - 0.75 * whole) < 1            # mean over the eight layers
+    assert abs(rows["pyramid_drop", None]["tokens_after"] - whole * (1 + 0.5 + 0.25 + 0.125) / 4) < 2
+    picture = tmp_path / "card.png"
+    questions(1, "cli")[0].image.save(picture)
+    ask = ["run", "--model", "pico", "--image", picture, "--prompt", "how many cards are there?", "--max-new-tokens", "3"]
+    report = output(*ask, "--layers", "{name: fastv, layer: 2, keep: 0.25}")["report"]
+    assert report["reducer"] == "FastV(layer=2, keep=0.25)" and report["layers"][0]["layer"] == 2
+    assert output(*ask, "--layers", "fastv", "--keep", "0.5")["report"]["reducer"].startswith("GlobalRank(keep=0.5) + FastV(")
+
+
 def test_markdown_is_a_table_of_every_method():
     table = docs.methods_table()
     assert call("list", "--markdown").stdout == table
     lines = table.splitlines()
-    assert len(lines) == 2 + len(mmcompress.available("image"))
-    assert all(line.count(" | ") == 3 for line in lines if not line.startswith("|-"))
+    assert len(lines) == 2 + sum(len(mmcompress.available(slot)) for slot in mmcompress.registry.SLOTS)
+    assert all(line.count(" | ") == 4 for line in lines if not line.startswith("|-"))
     assert "`keep=0.25`" in lines[2] and "[CLS]" in table
 
 

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, Encoded, adapter_for
+from ..adapters import Encoded, adapter_for
+from ..calls import through_layers
 from ..compat import base_of
 from ..config import WrapConfig
 from ..image import Uniform
 from ..pico import prompt, scenes
-from ..pipeline import reduce_inputs
+from ..tokens import KeepAll
+from ..wrap import Wrapped
 from .stats import wilson
 
 ALL_TOKENS = "all tokens"
@@ -56,13 +58,13 @@ class Row:
     low: float
     high: float
     tokens_before: float        # of a picture, mean over the questions, newlines included
-    tokens_after: float
+    tokens_after: float         # mean over decoder layers too, where some read fewer than others
     positions: str = "closed"   # where the language model saw the kept tokens
     right: tuple[bool, ...] = field(default=(), repr=False)     # question by question, the same order for every method
 
     def to_dict(self) -> dict[str, Any]:
         """The row without its single outcomes, as CSV and JSON hold it."""
-        return {k: v for k, v in vars(self).items() if k != "right"}
+        return {k: None if v != v else v for k, v in vars(self).items() if k != "right"}
 
 
 def questions(n: int, seed: str = "eval") -> list[Question]:
@@ -96,8 +98,9 @@ def evaluate(model: Any, processor: Any, reducers: Mapping[str, Any], n: int, se
     The answer is teacher-forced: one forward over prompt, answer and end of sequence, a hit if every one of the answer's
     tokens, the end included, is the arg max. Greedy generation gives exactly this answer if and only if that holds.
 
-    reducers   label -> reducer, WrapConfig (to choose positions), or None for all tokens. What precedes an "@" in a label
-               is the row's method. A reducer with a field `seed` gets another seed for every batch of questions.
+    reducers   label -> image or layer reducer, WrapConfig (to combine, to choose positions), or None for all tokens. What
+               precedes an "@" in a label is the row's method. A reducer with a field `seed` gets another seed for every
+               batch of questions.
     batch      questions encoded together; they show pictures of one size
     progress   a bar on stderr if that is a terminal
     """
@@ -108,25 +111,34 @@ def evaluate(model: Any, processor: Any, reducers: Mapping[str, Any], n: int, se
     model = base_of(model)
     adapter = adapter_for(model)
     asked = {label: _config(r) for label, r in reducers.items()}
-    layers = sorted({layer for config in asked.values() for layer in getattr(config.image, "captures", ())})
+    layers = sorted({layer for config in asked.values() for layer in config.captures(adapter.depth)})
     counts = {label: _Counts() for label in reducers}
-    with tqdm(total=n, unit="question", disable=None if progress else True) as bar:
+    with tqdm(total=n, unit="question", disable=None if progress else True) as bar, \
+            Wrapped(model, WrapConfig(image=KeepAll())) as handle:
         for number, some in enumerate(_batches(questions(n, seed), batch)):
             inputs = _inputs(processor, some).to(model.device, model.dtype)
             encoded = adapter.encode(inputs, layers)
             for label, config in asked.items():
                 if hasattr(config.image, "seed"):
                     config = replace(config, image=replace(config.image, seed=number))
-                counts[label].add(some, *_hits(adapter, inputs, encoded, config))
+                handle.configure(config)
+                counts[label].add(some, *_hits(handle, inputs, encoded))
             bar.update(len(some))
     return [row for label, config in asked.items()
-            for row in counts[label].rows(label.partition("@")[0], getattr(config.image, "keep", math.nan), config.positions)]
+            for row in counts[label].rows(label.partition("@")[0], _keep_of(config), config.positions)]
 
 
 def _config(reducer: Any) -> WrapConfig:
     if isinstance(reducer, WrapConfig):
         return reducer
+    if reducer is not None and callable(getattr(reducer, "steps", None)):
+        return WrapConfig(layers=(reducer,))
     return WrapConfig(image=Uniform(keep=1.0) if reducer is None else reducer)
+
+
+def _keep_of(config: WrapConfig) -> float | int:
+    """The budget in a row's column `keep`: the first reducer's that has one."""
+    return next((r.keep for r in (config.image, *config.layers) if hasattr(r, "keep")), math.nan)
 
 
 def _batches(asked: Sequence[Question], batch: int) -> Iterator[list[Question]]:
@@ -153,24 +165,27 @@ def _inputs(processor: Any, some: Sequence[Question]) -> Any:
     return inputs
 
 
-def _hits(adapter: Adapter, inputs: Any, encoded: Encoded, config: WrapConfig) -> tuple[Tensor, list[int], list[int]]:
-    """Which answers are right (B,) bool on the host, and tokens before and after per picture."""
-    run = reduce_inputs(adapter, inputs, config, side="right", encoded=encoded)
+def _hits(handle: Wrapped, inputs: Any, encoded: Encoded) -> tuple[Tensor, list[int], list[float]]:
+    """Which answers are right (B,) bool on the host, and tokens before and after (mean over layers) per picture."""
+    run = handle.start(inputs, side="right", encoded=encoded)
     labels = run.inputs.pop("labels")
     first = int((labels != -100).any(0).nonzero()[0, 0])                    # logits of the column before it and later
-    logits = adapter.model(**run.inputs, logits_to_keep=labels.shape[1] - first + 1, use_cache=False).logits
+    call = {**run.inputs, "logits_to_keep": labels.shape[1] - first + 1, "use_cache": False}
+    logits = through_layers(handle, call, run).logits
     wanted = labels[:, first:]
     right = (logits[:, :-1].argmax(-1) == wanted) | (wanted == -100)        # (B, columns of answers)
-    return right.all(1).cpu(), [i.before for i in run.items], [i.after for i in run.items]
+    depth = handle.adapter.depth
+    after = [sum(i.at(layer).after for layer in range(depth)) / depth for i in run.items]
+    return right.all(1).cpu(), [i.before for i in run.items], after
 
 
 class _Counts:
     """Hits and tokens of one method, question by question."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[str, bool, int, int]] = []
+        self.seen: list[tuple[str, bool, int, float]] = []
 
-    def add(self, some: Sequence[Question], right: Tensor, before: list[int], after: list[int]) -> None:
+    def add(self, some: Sequence[Question], right: Tensor, before: list[int], after: list[float]) -> None:
         self.seen += zip((q.kind for q in some), right.tolist(), before, after)
 
     def rows(self, method: str, keep: float | int, positions: Any) -> list[Row]:
