@@ -1,8 +1,10 @@
-"""The command line: demo, run, list, eval pico, viz. Results go to stdout, progress and errors to stderr."""
+"""The command line: demo, run, list, eval pico, viz, train. Results go to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -102,6 +104,8 @@ def _marked(answer: str, truth: str) -> str:
 def run(model: Model, image: Annotated[list[Path], typer.Option(help="A picture; repeatable.")],
         prompt: Annotated[str, typer.Option(help="The question, without image placeholders.")],
         image_reducer: Annotated[str | None, typer.Option(help="As `mmcompress list` shows; default global_rank.")] = None,
+        layers: Annotated[str | None, typer.Option(
+            help="Reducers inside the language model, as YAML: fastv, or '{name: fastv, layer: 2, keep: 0.5}'.")] = None,
         keep: Annotated[str | None, typer.Option(help="A share in (0, 1], or a count without a dot; default 0.25.")] = None,
         option: Options = None,
         config: Annotated[Path | None, typer.Option(help="A YAML file instead of the reducer's options.")] = None,
@@ -109,14 +113,18 @@ def run(model: Model, image: Annotated[list[Path], typer.Option(help="A picture;
         plot: Annotated[Path | None, typer.Option(help="Write the kept tokens of the first picture here.")] = None,
         as_json: Json = False) -> None:
     """Ask a checkpoint about pictures with fewer image tokens; print the answer and what it saved."""
+    import yaml
+
     from .checkpoint import chat, load, open_picture
-    from .config import WrapConfig
+    from .config import WrapConfig, build_layers
     from .wrap import wrap
 
-    if config is not None and (image_reducer, keep, option, positions) != (None, None, None, None):
-        raise ValueError("pass either --config or --image-reducer, --keep, --option and --positions, not both")
+    if config is not None and (image_reducer, layers, keep, option, positions) != (None, None, None, None, None):
+        raise ValueError("pass either --config or --image-reducer, --layers, --keep, --option and --positions, not both")
+    alone = layers is not None and (image_reducer, keep, option) == (None, None, None)
     chosen = WrapConfig.load(config) if config is not None else WrapConfig(
-        image=reducer_of(image_reducer or DEFAULT, keep or "0.25", option), positions=cast("Any", positions))
+        image=None if alone else reducer_of(image_reducer or DEFAULT, keep or "0.25", option),
+        layers=build_layers(yaml.safe_load(layers) if layers else ()), positions=cast("Any", positions))
     pictures = [open_picture(path) for path in image]
     loaded, processor = load(model, device, dtype, attn)
     inputs = processor(images=pictures, text=chat(processor, prompt, len(pictures)), return_tensors="pt")
@@ -149,36 +157,46 @@ def list_methods(markdown: Annotated[bool, typer.Option("--markdown", help="The 
 
 def _methods(found: list[Method]) -> Table:
     table = Table(show_lines=True)
-    for name in ("name", "class", "what it is", "options"):
-        table.add_column(name, no_wrap=name in ("name", "class"))
+    for name in ("slot", "name", "class", "what it is", "options"):
+        table.add_column(name, no_wrap=name in ("slot", "name", "class"))
     for m in found:
-        table.add_row(f"[bold]{m.name}[/bold]", m.target.partition(":")[2], m.about.replace("[", "\\["),
+        table.add_row(m.slot, f"[bold]{m.name}[/bold]", m.target.partition(":")[2], m.about.replace("[", "\\["),
                       "\n".join(f"{k}={v!r}" for k, v in m.options.items()))
     return table
 
 
 @eval_app.command("pico")
-def eval_pico(methods: Annotated[str, typer.Option(help="Names or 'all', by commas; as visionzip:merge=sum")] = DEFAULT,
+def eval_pico(methods: Annotated[str, typer.Option(
+                  help="Names or 'all' (image reducers) or 'layers', by commas; options as fastv:layer=2")] = DEFAULT,
               keep: Annotated[str, typer.Option(help="Budgets, comma-separated.")] = "0.1,0.25,0.5",
               n: Annotated[int, typer.Option(help="Questions.")] = 500, seed: str = "eval", positions: Where = None,
               out: Annotated[Path, typer.Option(help="Folder for the CSV and the plot.")] = Path("out/eval-pico"),
               against: Annotated[str | None, typer.Option(help="Also show paired differences to this method.")] = None,
+              model_path: Annotated[str, typer.Option("--model", help="'pico', or a folder of `mmcompress train`.")] = "pico",
               batch: int = 16, device: Device = "auto", dtype: Dtype = "auto", as_json: Json = False) -> None:
-    """Accuracy of the embedded model on fresh scenes under each method and budget, with 95 % intervals."""
-    from .checkpoint import PICO, device_name, load
+    """Accuracy of the embedded model on fresh scenes under each method and budget, with 95 % intervals.
+
+    Tokens are what a decoder layer reads, averaged over the layers. Methods without a keep run once, as their options say.
+    """
+    from .checkpoint import device_name, load
     from .config import WrapConfig
     from .eval import ALL_TOKENS, evaluate, write_csv
     from .registry import available
     from .viz import plot_pareto, save
 
+    model, processor = load(model_path, device, dtype, "sdpa")
+    depth = model.config.get_text_config().num_hidden_layers
     reducers: dict[str, Any] = {ALL_TOKENS: None}
-    for method in [m for part in _split(methods) for m in (available("image") if part == "all" else [part])]:
+    groups = {"all": available("image"), "layers": [m for m in available("layers") if m != "in_layer"]}
+    for method in [m for part in _split(methods) for m in groups.get(part, [part])]:
         name, *options = method.split(":")
+        if name in available("layers"):
+            reducers.update(_layer_configs(method, name, options, _split(keep), depth))
+            continue
         reducers.update({f"{method}@{k}": WrapConfig(image=reducer_of(name, k, options), positions=cast("Any", positions))
                          for k in _split(keep)})
-    if against is not None and not any(label.startswith(f"{against}@") for label in reducers):
+    if against is not None and not any(label.partition("@")[0] == against for label in reducers):
         raise ValueError(f"--against {against}: not among --methods {methods}")
-    model, processor = load(PICO, device, dtype, "sdpa")
     rows = evaluate(model, processor, reducers, n, seed, batch)
     write_csv(rows, out / "pico.csv", device=device_name(model), seed=seed)
     kinds = [k for k in ("cards", "receipt") if any(r.kind == k for r in rows)]
@@ -194,8 +212,24 @@ def eval_pico(methods: Annotated[str, typer.Option(help="Names or 'all', by comm
     print("", *files, sep="\n")
 
 
+def _layer_configs(method: str, name: str, options: list[str], keeps: list[str], depth: int) -> dict[str, Any]:
+    """Label -> configuration of a layer reducer at each budget, or once if it has no keep of its own."""
+    from dataclasses import fields
+
+    from . import registry
+    from .config import WrapConfig
+
+    cls: Any = registry.reducer_class("layers", name)
+    if any(f.name == "keep" for f in fields(cls)):
+        return {f"{method}@{k}": WrapConfig(layers=(reducer_of(name, k, options, "layers"),)) for k in keeps}
+    if not options and hasattr(cls, "for_depth"):
+        return {method: WrapConfig(layers=(cls.for_depth(depth),))}
+    return {method: WrapConfig(layers=(reducer_of(name, None, options, "layers"),))}
+
+
 def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """At commas outside of brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[{(]*[\]})])", text) if part.strip()]
 
 
 def _accuracies(rows: list[Row]) -> Table:
@@ -209,7 +243,7 @@ def _accuracies(rows: list[Row]) -> Table:
     for r in rows:
         if r.kind == "all":
             same = {s.kind: s for s in rows if (s.method, s.keep) == (r.method, r.keep)}
-            table.add_row(r.method, str(r.keep), f"{r.tokens_after:.0f}",
+            table.add_row(r.method, "" if math.isnan(r.keep) else str(r.keep), f"{r.tokens_after:.0f}",
                           *(f"{100 * same[k].accuracy:.1f} ({100 * same[k].low:.0f}-{100 * same[k].high:.0f})" for k in kinds))
     return table
 
@@ -256,6 +290,33 @@ def viz(image: Annotated[Path, typer.Option(help="A picture.")], out: Annotated[
     print(f"{label(reducer)}: {item.before} -> {item.after} tokens\n{out}")
 
 
+@app.command()
+def train(recipe: Annotated[Path, typer.Argument(help="A YAML file such as configs/pico-small.yaml.")],
+          out: Annotated[Path | None, typer.Option(help="Folder for checkpoints, log and plots; default out/NAME.")] = None,
+          resume: Annotated[bool, typer.Option("--resume", help="Go on from --out's checkpoint, if there is one.")] = False,
+          changes: Annotated[list[str] | None, typer.Option("--set", help="key=value, as optim.lr=1e-3; repeatable.")] = None,
+          as_json: Json = False) -> None:
+    """Train by a recipe, from scratch or from weights; several processes by `accelerate launch -m mmcompress train ...`."""
+    import transformers
+
+    from .train.loop import train as run_recipe
+    from .train.recipe import Recipe
+
+    transformers.utils.logging.disable_progress_bar()                   # ours remains
+    result = run_recipe(Recipe.load(recipe, changes or ()), out or Path("out") / recipe.stem, resume)
+    if not result.pop("main"):                                         # another process prints
+        return None
+    if as_json:
+        return emit(result)
+    print(f"{result['steps']} steps, {result['seconds']:.0f} s, {result['tokens'] / result['seconds']:.0f} tokens/s")
+    table = Table("question", "right", "of", "%", "95 % interval")
+    for row in result["eval"]:
+        table.add_row(row["kind"], str(row["hits"]), str(row["n"]), f"{100 * row['accuracy']:.1f}",
+                      f"{100 * row['low']:.0f}-{100 * row['high']:.0f}")
+    Console().print(table)
+    print("", *result["files"], sep="\n")
+
+
 # what the commands share
 
 
@@ -272,19 +333,19 @@ def parse_keep(text: str) -> float | int:
         raise ValueError(f"--keep {text}: a share such as 0.25, or a count such as 186") from None
 
 
-def reducer_of(name: str, keep: str, options: list[str] | None = None) -> Any:
-    """A registered image reducer from what the command line says; values of options are read as YAML."""
+def reducer_of(name: str, keep: str | None, options: list[str] | None = None, slot: str = "image") -> Any:
+    """A registered reducer from what the command line says; values of options are read as YAML."""
     import yaml
 
     from . import registry
 
-    fields: dict[str, Any] = {"keep": parse_keep(keep)}
+    fields: dict[str, Any] = {} if keep is None else {"keep": parse_keep(keep)}
     for option in options or ():
         key, equals, value = option.partition("=")
         if not equals or not key or key in ("name", "keep"):
             raise ValueError(f"--option {option}: key=value with a field of the reducer; the budget is --keep")
         fields[key] = yaml.safe_load(value)
-    return registry.build("image", {"name": name, **fields})
+    return registry.build(slot, {"name": name, **fields})
 
 
 def main() -> None:

@@ -135,6 +135,16 @@ def test_stages_of_a_plain_loop_and_what_they_cost():
     assert summary[3]["flops_after"] == summary[0]["flops_before"] and summary[3]["label"] == "no compression"
 
 
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_fit_a_shallower_model(name):
+    model = llava_next(depth=4).train()
+    staged = StagedCompression(name, total=4).attach(model)
+    first = {"llavolta-4stage": StagePool(1, 8), "llavolta-heavy": StagePool(1, 8), "llavolta-light": StagePool(2, 8)}[name]
+    assert staged.handle.config.layers == (first,)
+    model(**batch_of(model)).loss.backward()
+    staged.detach()
+
+
 def test_accelerate_counts_optimizer_steps_and_saves_its_state(tmp_path):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..compat import check_resumed
+from ..compat import base_of, check_resumed
 from ..flops import prefill_flops
 from ..wrap import Wrapped, from_inside
 from .schedule import Schedule, Stage
@@ -57,8 +57,9 @@ class StagedCompression(TrainerCallback, ExportableState):
             raise ValueError("total: how many optimizer steps will the training have? StagedCompression(schedule, total=...)")
         if self.handle is not None:
             raise ValueError("attached already; call detach() first")
-        self.handle = Wrapped(from_inside(model), self.schedule.stages[-1].config)
-        self._fitted = self.schedule.for_depth(self.handle.adapter.depth)
+        model = from_inside(model)
+        self._fitted = self.schedule.for_depth(base_of(model).config.get_text_config().num_hidden_layers)
+        self.handle = Wrapped(model, self._fitted.stages[-1].config)
         self.handle.only_training = not self.compress_eval
         self.handle.watch = self._watch
         if accelerator is not None:
