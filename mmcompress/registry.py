@@ -32,6 +32,7 @@ _REDUCERS: dict[str, dict[str, str]] = {
     },
 }
 SLOTS = tuple(_REDUCERS)
+SHOWN = ("layer", "keep", "stride")     # fields that are said even where they are the default
 _IS = {     # what makes an instance a reducer of a slot
     "image": ("count", "__call__"),
     "layers": ("steps",),
@@ -88,14 +89,14 @@ def build(slot: str, config: Any) -> Any:
 
 
 def describe(slot: str, reducer: Any) -> dict[str, Any]:
-    """The inverse of `build`: {"name": ..., fields that differ from their defaults, keep always}."""
+    """The inverse of `build`: {"name": ..., fields that differ from their defaults or say how much is kept}."""
     target = f"{type(reducer).__module__}:{type(reducer).__qualname__}"
     names = [name for name, known in available(slot).items() if known == target]
     if not names or not is_dataclass(reducer) or isinstance(reducer, type):
         raise ValueError(f"{target} is not registered, so its configuration cannot be saved; "
                          f"call mmcompress.register({slot!r}, NAME, {target!r}) first")
     said = {f.name: getattr(reducer, f.name) for f in fields(reducer)
-            if f.name in ("keep", "layer") or getattr(reducer, f.name) != f.default}
+            if f.name in SHOWN or getattr(reducer, f.name) != f.default}
     return {"name": names[0], **{k: describe("image", v) if is_dataclass(v) else _plain(v) for k, v in said.items()}}
 
 
@@ -105,11 +106,11 @@ def _plain(value: Any) -> Any:
 
 
 def label(reducer: Any) -> str:
-    """A reducer in short: its class, its layer and keep, and the fields that differ from their defaults."""
+    """A reducer in short: its class, where and how much, and the fields that differ from their defaults."""
     if not is_dataclass(reducer) or isinstance(reducer, type):
         return repr(reducer)
     shown = [(f.name, getattr(reducer, f.name)) for f in fields(reducer)
-             if f.name in ("keep", "layer") or getattr(reducer, f.name) != f.default]
+             if f.name in SHOWN or getattr(reducer, f.name) != f.default]
     return f"{type(reducer).__name__}({', '.join(f'{name}={label(value)}' for name, value in shown)})"
 
 

@@ -477,6 +477,18 @@ def test_report_counts_columns_layer_by_layer(model):
     assert "from layer 3 of 4: 48 image tokens" in str(report) and report.to_dict()["layers"][0]["tokens"] == 96
 
 
+def test_plot_of_a_layer_shows_what_is_left_there(model):
+    from PIL import Image
+    inputs = make_inputs(model, [[(48, 48)]])
+    with mmcompress.wrap(model, image=Uniform(keep=0.5), layers=[FastV(2, 0.5)]) as w:
+        w(**inputs)
+        picture = Image.new("RGB", (48, 48))
+        said = [[t.get_text() for t in w.plot(picture, layer=layer).texts] for layer in (None, 1, 2, 3)]
+    assert said[0] == said[1] and said[2] == said[3]
+    assert "192 → 96 tokens" in said[0] and "192 → 48 tokens" in said[2]
+    assert any("decoder layer 2" in t for t in said[2])
+
+
 def test_prefill_flops_are_those_of_the_matrix_products():
     """Counted by torch itself on eager attention, whose full maps cost twice the causal half."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -163,7 +163,7 @@ def test_accelerate_counts_optimizer_steps_and_saves_its_state(tmp_path):
             staged.step()
         if i == 9:                                               # within an accumulation
             accelerator.save_state(tmp_path)
-    a, b, c = "StagePool(layer=1)", "StagePool(layer=1, stride=2)", "StagePool(layer=2, stride=2)"
+    a, b, c = "StagePool(layer=1, stride=8)", "StagePool(layer=1, stride=2)", "StagePool(layer=2, stride=2)"
     assert seen == [a] * 4 + [b] * 4 + [c] * 4
     accelerator.load_state(tmp_path)
     assert staged.count == 2 and staged.stage.label() == c

@@ -33,7 +33,7 @@ def plot_kept(image: Any, item: Any) -> Any:
     Kept tokens are bright, dropped ones greyed out, merged ones in between with the cell that stands for them outlined.
 
     image   PIL image, uint8 array (H, W, 3) or a path
-    item    `mmcompress.pipeline.Item`, such as an entry of `Wrapped.last`
+    item    `mmcompress.pipeline.Item`, such as an entry of `Wrapped.last`, or what a layer saw of it, `item.at(layer)`
     -> matplotlib Figure
     """
     picture = read_image(image)
@@ -54,7 +54,8 @@ def plot_kept(image: Any, item: Any) -> Any:
             left += max(w, NARROW) + GAP
     fig = new_figure(max(4.2, max(p[0] + p[2] for p in places) + LEFT), max(p[1] + p[3] for p in places) + CAPTION + 0.04)
     text_at(fig, LEFT, 0.13, f"{item.before} → {item.after} tokens", fontsize=13, fontweight="bold")
-    text_at(fig, LEFT, 0.37, f"{item.after / item.before:.1%} of what the language model would read", color=SOFT)
+    who = "the language model" if getattr(item, "layer", None) is None else f"decoder layer {item.layer} and later ones"
+    text_at(fig, LEFT, 0.37, f"{item.after / item.before:.1%} of what {who} would read", color=SOFT)
     for view, place in zip(views, places):
         draw_view(axes_at(fig, *place), view)
         text_at(fig, place[0], place[1] + place[3] + 0.06, view.caption, color=SOFT, fontsize=8)
