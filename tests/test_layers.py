@@ -460,6 +460,56 @@ def test_llava_one_and_a_half(layer_method):
             assert torch.equal(w.generate(**row_of(model, inputs, rows, i), max_new_tokens=4, **QUIET)[0, -4:], out[i, -4:])
 
 
+def flash_like(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """What FlashAttention computes from what transformers hands it: a 2-D mask of keys, queries at the end of the keys."""
+    positions = kwargs.get("position_ids")
+    if positions is not None and len(query) == 1 and query.shape[2] > 1 and attention_mask is None:
+        assert (positions.diff() == 1).all(), "transformers would take these positions for packed sequences"
+    groups, q, k = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    seen = torch.ones(q, k, dtype=torch.bool).tril(k - q)[None, None]
+    if attention_mask is not None:
+        assert attention_mask.shape == (len(query), k)
+        seen = seen & attention_mask.bool()[:, None, None]
+    logits = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, -1e9)
+    return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], [ROWS[0], ROWS[3]]], ids=["ragged", "one", "even"])
+def test_the_masks_of_flash_attention(layer_method, rows):
+    """FlashAttention's contract played on the CPU, where the real one does not run: 2-D masks per layer, no gaps shown."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+    AttentionInterface.register("flash_like", flash_like)
+    AttentionMaskInterface.register("flash_like", flash_attention_mask)
+    model, flash = llava_next(depth=4), llava_next(depth=4)
+    flash.model.language_model.config._attn_implementation = "flash_like"
+    for side in ("left", "right"):
+        inputs = make_inputs(model, rows, side)
+        outs = []
+        for one in (model, flash):
+            with wrapped(one, layer_reducer(layer_method)) as w:
+                outs.append((w(**inputs).logits, w.prompt.column >= 0, w.generate(**inputs, max_new_tokens=4, **QUIET)))
+        (a, real, x), (b, _, y) = outs
+        torch.testing.assert_close(a[real], b[real], atol=2e-4, rtol=2e-4)
+        assert torch.equal(x, y)
+
+
+def test_reducers_compile_without_a_break(layer_method):
+    from dataclasses import replace
+
+    from test_tokens import ADAPTER, tokens_of
+    x = tokens_of(ADAPTER.layout(70, 48))
+    x = replace(x, attention=torch.rand(x.features.shape[:2], generator=torch.Generator().manual_seed(0)))
+    for step in layer_reducer(layer_method).steps():
+        def reduce(x, reducer=step.reducer):
+            out = reducer(x)
+            return out.tokens, out.index, out.source
+        torch._dynamo.reset()
+        for got, expected in zip(torch.compile(reduce, fullgraph=True, backend="aot_eager")(x), reduce(x)):
+            torch.testing.assert_close(got, expected)
+
+
 # reports and errors ---------------------------------------------------------------------------------------------------
 
 
