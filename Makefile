@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test lint types figures clean
 
-demo: $(VENV)/.viz          ## stock and reduced answers of the embedded model, side by side, and pictures of what was kept
+demo: $(VENV)/.demo          ## stock and reduced answers of the embedded model, side by side, and pictures of what was kept
 	$(BIN)/mmcompress demo
 
 test: lint types            ## everything CI checks
@@ -28,13 +28,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("mmcompress needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.viz: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[viz]"
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[train]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	touch $@ $(VENV)/.viz
+	touch $@ $(VENV)/.demo
 
 clean:
 	rm -rf $(VENV) build *.egg-info

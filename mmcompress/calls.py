@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .compat import check_chunked_prefill, check_decoding, check_gaps_over_cache
-from .layers.run import KEY, LayerRun, recall_layers, remember_layers
+from .layers.held import holds_layers, recall_layers, remember_layers
+from .layers.run import KEY, LayerRun
 from .prompt import PromptMap, as_mask, whole
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
         kwargs["input_ids"] = inputs
     cache = kwargs.get("past_key_values")
     earlier = recall(cache)
-    if (handle.reduces(kwargs) and handle.config.layers) or (cache is not None and recall_layers(cache, 1)):
+    if (handle.reduces(kwargs) and handle.config.layers) or holds_layers(cache):
         check_decoding(kwargs)
         kwargs["disable_compile"] = True                        # every step has other lengths, layer by layer
     if earlier is None and not handle.reduces(kwargs):

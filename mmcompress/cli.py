@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -14,8 +13,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from .docs import Method
-    from .eval import Row
+    pass
 
 DEFAULT = "global_rank"                 # the method of demo, eval and viz
 
@@ -147,22 +145,13 @@ def list_methods(markdown: Annotated[bool, typer.Option("--markdown", help="The 
                  as_json: Json = False) -> None:
     """Every registered reducer with its options."""
     from .docs import methods, methods_table
+    from .tables import methods_shown
 
     if as_json:
         return emit({"methods": [vars(m) for m in methods()]})
     if markdown:
         return print(methods_table(), end="")
-    Console().print(_methods(methods()))
-
-
-def _methods(found: list[Method]) -> Table:
-    table = Table(show_lines=True)
-    for name in ("slot", "name", "class", "what it is", "options"):
-        table.add_column(name, no_wrap=name in ("slot", "name", "class"))
-    for m in found:
-        table.add_row(m.slot, f"[bold]{m.name}[/bold]", m.target.partition(":")[2], m.about.replace("[", "\\["),
-                      "\n".join(f"{k}={v!r}" for k, v in m.options.items()))
-    return table
+    Console().print(methods_shown(methods()))
 
 
 @eval_app.command("pico")
@@ -182,6 +171,7 @@ def eval_pico(methods: Annotated[str, typer.Option(
     from .config import WrapConfig
     from .eval import ALL_TOKENS, evaluate, write_csv
     from .registry import available
+    from .tables import accuracies, differences
     from .viz import plot_pareto, save
 
     model, processor = load(model_path, device, dtype, "sdpa")
@@ -205,10 +195,10 @@ def eval_pico(methods: Annotated[str, typer.Option(
     if as_json:
         return emit({"rows": [r.to_dict() for r in rows], "seed": seed, "device": device_name(model), "files": files})
     print(f"exact answers in % and 95 % interval, pico ({device_name(model)})")
-    Console().print(_accuracies(rows))
+    Console().print(accuracies(rows))
     if against is not None:
         print(f"\npoints ahead of {against} on the same questions, with 95 % intervals")
-        Console().print(_differences(rows, against))
+        Console().print(differences(rows, against))
     print("", *files, sep="\n")
 
 
@@ -230,36 +220,6 @@ def _layer_configs(method: str, name: str, options: list[str], keeps: list[str],
 def _split(text: str) -> list[str]:
     """At commas outside of brackets."""
     return [part.strip() for part in re.split(r",(?![^\[{(]*[\]})])", text) if part.strip()]
-
-
-def _accuracies(rows: list[Row]) -> Table:
-    kinds = list(dict.fromkeys(r.kind for r in rows))
-    table = Table()
-    table.add_column("method", no_wrap=True)
-    table.add_column("keep", justify="right")
-    table.add_column("tokens", justify="right")
-    for kind in kinds:
-        table.add_column(f"{kind} ({next(r.n for r in rows if r.kind == kind)})", justify="right")
-    for r in rows:
-        if r.kind == "all":
-            same = {s.kind: s for s in rows if (s.method, s.keep) == (r.method, r.keep)}
-            table.add_row(r.method, "" if math.isnan(r.keep) else str(r.keep), f"{r.tokens_after:.0f}",
-                          *(f"{100 * same[k].accuracy:.1f} ({100 * same[k].low:.0f}-{100 * same[k].high:.0f})" for k in kinds))
-    return table
-
-
-def _differences(rows: list[Row], against: str) -> Table:
-    from .eval import paired
-
-    kinds = list(dict.fromkeys(r.kind for r in rows))
-    table = Table("method", "keep", *kinds)
-    base = {(r.keep, r.kind): r.right for r in rows if r.method == against}
-    for method, keep in dict.fromkeys((r.method, r.keep) for r in rows if r.method != against):
-        mine = {r.kind: r.right for r in rows if (r.method, r.keep) == (method, keep)}
-        if (keep, "all") in base:
-            found = [paired(mine[k], base[keep, k]) if len(mine[k]) > 1 else None for k in kinds]
-            table.add_row(method, str(keep), *("" if f is None else f"{100 * f[0]:+.1f} ± {100 * f[1]:.1f}" for f in found))
-    return table
 
 
 @app.command()
@@ -299,6 +259,7 @@ def train(recipe: Annotated[Path, typer.Argument(help="A YAML file such as confi
     """Train by a recipe, from scratch or from weights; several processes by `accelerate launch -m mmcompress train ...`."""
     import transformers
 
+    from .tables import answers_by_kind
     from .train.loop import train as run_recipe
     from .train.recipe import Recipe
 
@@ -309,11 +270,7 @@ def train(recipe: Annotated[Path, typer.Argument(help="A YAML file such as confi
     if as_json:
         return emit(result)
     print(f"{result['steps']} steps, {result['seconds']:.0f} s, {result['tokens'] / result['seconds']:.0f} tokens/s")
-    table = Table("question", "right", "of", "%", "95 % interval")
-    for row in result["eval"]:
-        table.add_row(row["kind"], str(row["hits"]), str(row["n"]), f"{100 * row['accuracy']:.1f}",
-                      f"{100 * row['low']:.0f}-{100 * row['high']:.0f}")
-    Console().print(table)
+    Console().print(answers_by_kind(result["eval"]))
     print("", *result["files"], sep="\n")
 
 

@@ -94,3 +94,10 @@ def check_resumed(model: Any, folder: Path) -> None:
 def base_of(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def from_inside(model: Any) -> Any:
+    """The transformers or PEFT model inside DDP, FSDP or torch.compile, or the model itself."""
+    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
+        model = inner
+    return model

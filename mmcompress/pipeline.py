@@ -15,9 +15,10 @@ from .config import Positions, WrapConfig
 from .layers.base import Step
 from .layers.plan import LayerPlan, Span, plan_layers
 from .layers.run import LayerItem, State, take
+from .layout import ImageLayout, SequenceLayout
 from .prompt import PromptMap, as_mask, find_placeholders, padding_side, plan
 from .report import Stopwatch
-from .tokens import ImageLayout, KeepAll, Reduction, SequenceLayout, Tokens
+from .tokens import KeepAll, Reduction, Tokens
 
 
 @dataclass(frozen=True, eq=False)

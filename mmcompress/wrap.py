@@ -280,13 +280,6 @@ class Wrapped:
         return encoded
 
 
-def from_inside(model: Any) -> Any:
-    """The transformers or PEFT model inside DDP, FSDP or torch.compile, or the model itself."""
-    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
-        model = inner
-    return model
-
-
 def _is_ours(method: Any) -> bool:
     return isinstance(method, MethodType) and getattr(method.__func__, _STATE, False)
 

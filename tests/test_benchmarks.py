@@ -22,8 +22,8 @@ def scripts(monkeypatch):
     """Import the scripts as `python benchmarks/x.py` does: their folder comes first."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("common", "ttft", "selection", "layer_parity"):
-        sys.modules.pop(name, None)
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("common", "ttft", "selection", "layer_parity", "parity")]:
+        del sys.modules[name]
 
 
 def read(path):
@@ -253,7 +253,7 @@ def play_authors(parity, jobs, damage):
         for case in (c for c in parity.CASES if c.key in job["calls"]):
             ours = parity.run_ours(case, parity.build(heads, seed), parity.make_inputs(case, seed))
             topk = []
-            for stage in range(len(ours["kept"][0]) if ours["kept"] else 0):
+            for stage in range(len(ours["kept"][0]) if ours.get("kept") else 0):
                 for kept in ours["kept"]:
                     before = kept[stage - 1] if stage else torch.arange(parity.TOKENS)
                     index = torch.searchsorted(before, kept[stage])
@@ -285,20 +285,27 @@ def play_authors(parity, jobs, damage):
     ("pyramid_drop", "training, right padding", "gradients", "another"),
     ("pyramid_drop", "training, right padding", "labels", "another"),
     ("pyramid_drop", "training, right padding", "choice", "another"),
+    ("llavolta", "training, right padding, K=2 S=8", None, "equal"),
+    *(("llavolta", "training, right padding, K=2 S=8", damage, "another")
+      for damage in ("logits", "loss", "gradients", "labels", "positions")),
+    ("llavolta", "one picture, K=6 S=8", "scores", "another"), ("llavolta", "picture at 1,100, S=8", None, "another"),
+    ("llavolta", "second has no picture", None, "another"), ("llavolta", "first has no picture", None, "another"),
+    ("llavolta", "one picture and two", None, "another"), ("llavolta", "stages of training", None, "another"),
 ])
 def test_layer_parity_sees_every_difference(tmp_path, monkeypatch, capsys, method, name, damage, kind):
     parity = importlib.import_module("layer_parity")
     monkeypatch.setattr(parity, "CASES", tuple(c for c in parity.CASES if (c.method, c.name) == (method, name)))
     monkeypatch.setattr(parity, "ask", lambda python, jobs, *checkouts: play_authors(parity, jobs, damage))
     out = tmp_path / "parity.csv"
-    arguments = ["--fastv", str(tmp_path), "--pyramiddrop", str(tmp_path), "--old-python", "none", "--seeds", "1"]
+    checkout = "--" + method.replace("_", "")
+    arguments = [checkout, str(tmp_path), "--old-python", "none", "--seeds", "1"]
     assert parity.main([*arguments, "--out", str(out)]) == (kind == "another")
     (row,) = read(out)
     assert (row["method"], row["case"], row["kind"]) == (method, name, kind)
     assert all(row[name] for name in (*ABOUT, "authors_torch", "authors_transformers"))
     assert ("ValueError: no" in row["note"]) == (damage == "error")
     if kind == "equal":
-        assert row["same"] == row["selections"] == str({"fastv": 1, "pyramid_drop": 6}[method])
+        assert row["same"] == row["selections"] == str({"fastv": 1, "pyramid_drop": 6, "llavolta": 2}[method])
         assert float(row["logits"]) == 0 and (row["decoded"] == "8" or float(row["gradients"]) == 0)
     assert f"{method}: {name}" in capsys.readouterr().out or kind == "equal"
 
@@ -317,17 +324,19 @@ def test_layer_parity_writes_prompts_as_theirs():
     assert torch.equal(call["labels"][1, 3:5], inputs["input_ids"][1, 3:5]) and (call["labels"] != -100).sum() == 2
     features = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
     assert torch.equal(call["images"], torch.stack([*features[:2], torch.zeros_like(features[0]), features[2]]))
-    fastv = parity.Case("fastv", "test", lambda n: [[parity.BEFORE, 3]])
+    fastv = parity.Case("fastv", "test", lambda n: [[parity.fastv.BEFORE, 3]])
     inputs = parity.make_inputs(fastv, 0)
     call = parity.as_theirs(fastv, model, inputs)
     features = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
     assert torch.equal(call["embeds"][0, 35:611], features) and call["embeds"].shape[1] == 614
 
 
-THEIR_FASTV = "import sys\n\nassert 'mmcompress' not in sys.modules and 'common' not in sys.modules\n"
 THEIR_PYRAMID_DROP = '''
+import sys
 import torch
 from types import SimpleNamespace as Space
+
+assert "mmcompress" not in sys.modules and "common" not in sys.modules
 
 
 class LlavaConfig(Space): ...
@@ -351,22 +360,103 @@ class LlavaLlamaForCausalLM_PDrop(torch.nn.Module):
 '''
 
 
+def ask_worker(folder, method, file, code, calls, config, weights):
+    """The worker's answers, from a checkout that holds `code` in llava/model/language_model."""
+    (folder / "llava/model/language_model").mkdir(parents=True)
+    (folder / "llava/model/language_model" / file).write_text(code)
+    torch.save({"config": config, "weights": weights, "calls": calls}, folder / "job-0.pt")
+    command = [sys.executable, str(BENCHMARKS / "layer_parity.py"), "--worker", str(folder), method, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = torch.load(folder / "answer-0.pt")
+    assert answer["about"]["authors_torch"] == torch.__version__
+    return answer["answers"]
+
+
 def test_layer_parity_worker_needs_no_mmcompress_and_notes_what_was_chosen(tmp_path):
-    (tmp_path / "src/FastV/lmms-eval").mkdir(parents=True)
-    (tmp_path / "src/FastV/lmms-eval/fastv_kvcache.py").write_text(THEIR_FASTV)
-    (tmp_path / "llava/model/language_model").mkdir(parents=True)
-    (tmp_path / "llava/model/language_model/llava_llama_pdrop.py").write_text(THEIR_PYRAMID_DROP)
     images = torch.tensor([[[1.0], [4.0], [2.0], [3.0]]])
     call = {"method": "pyramid_drop", "attention": "sdpa", "do": "forward", "cache": False, "mask": None,
             "ids": torch.ones(1, 2), "labels": torch.tensor([[1, 2]]), "images": images, "stages": ((3, 0.5),)}
-    torch.save({"config": {"width": 1}, "weights": {"weight": torch.tensor([10.0])},
-                "calls": {"good": call, "bad": {**call, "labels": None}}}, tmp_path / "job-0.pt")
-    command = [sys.executable, str(BENCHMARKS / "layer_parity.py"), "--worker", *[str(tmp_path)] * 3]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answer = torch.load(tmp_path / "answer-0.pt")
-    assert answer["about"]["authors_torch"] == torch.__version__
-    assert answer["answers"]["bad"] == {"error": "ValueError: no labels"}
-    good = answer["answers"]["good"]
+    calls = {"good": call, "bad": {**call, "labels": None}, "not asked": {**call, "method": "fastv"}}
+    answers = ask_worker(tmp_path, "pyramid_drop", "llava_llama_pdrop.py", THEIR_PYRAMID_DROP, calls, {"width": 1},
+                         {"weight": torch.tensor([10.0])})
+    assert set(answers) == {"good", "bad"} and answers["bad"] == {"error": "ValueError: no labels"}
+    good = answers["good"]
     assert good["logits"].flatten().tolist() == [40.0, 30.0] and good["labels"].tolist() == [[4, 5]]
     assert [(t["scores"].tolist(), t["index"].tolist()) for t in good["topk"]] == [([1.0, 4.0, 2.0, 3.0], [1, 3])]
+
+
+THEIR_LLAVOLTA = '''
+import torch
+from types import SimpleNamespace as Space
+from torch.nn.functional import avg_pool1d, cross_entropy
+
+
+class LlavaConfig(Space): ...
+
+
+class Inner(torch.nn.Module):
+    label_ids = None
+
+    def visual_avg_pool1d(self, states, positions):
+        pooled = avg_pool1d(positions.half(), kernel_size=self.stride, stride=self.stride).squeeze(1)
+        return avg_pool1d(states, self.stride, self.stride).permute(0, 2, 1), pooled
+
+
+class LlavaLlamaForCausalLM(torch.nn.Module):
+    """Pools everything; the first `pivot` + 1 calls are of the first stage."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.model, self.weight, self.calls = Inner(), torch.nn.Parameter(torch.zeros(1)), 0
+        assert config.num_hidden_layers in (1, 12)
+
+    def post_config(self, said):
+        assert said.grouping == "avgpool1d"
+        self.model.said = said
+        self.model.stride = said.strides.pop(0) if hasattr(said, "strides") else said.stride
+        self.model.groupingLayer = said.layers.pop(0) if hasattr(said, "layers") else said.layer
+
+    def forward(self, input_ids, attention_mask=None, images=None, labels=None, use_cache=None, return_dict=None):
+        inner = self.model
+        if images is None:
+            if self.calls in inner.said.pivots:
+                inner.stride, inner.groupingLayer = inner.said.strides.pop(0), inner.said.layers.pop(0)
+            self.calls += 1
+            return
+        states, positions = inner.visual_avg_pool1d(images.permute(0, 2, 1), input_ids[:, None])
+        inner.label_ids = positions.long()
+        logits = states * self.weight
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, :logits.shape[1]][:, 1:].flatten())
+        return Space(logits=logits, loss=loss, past_key_values=None)
+'''
+
+
+def test_layer_parity_worker_pools_in_float16_and_counts_calls(tmp_path):
+    """Positions round as float16 does, or not at all; labels are those of the loss; stages are what the script says."""
+    (tmp_path / "scripts/v1_5").mkdir(parents=True)
+    (tmp_path / "scripts/v1_5/train-4stage.sh").write_text("NAME=x\nLAYERS=2,16\nSTRIDES=8,1\nPIVOTS=1300\n")
+    positions = torch.tensor([[1022, 1023, 1101, 1102, 2101, 2103]])
+    call = {"method": "llavolta", "attention": "sdpa", "do": "train", "cache": False, "mask": None, "ids": positions,
+            "labels": torch.tensor([[0, 1, 0, 1, 1, 0]]), "images": torch.arange(12.0).view(1, 6, 2), "stages": ((2, 2),),
+            "exact": False}
+    calls = {"half": call, "exact": {**call, "exact": True}, "stages": {**call, "do": "stages", "ids": torch.ones(1, 3)}}
+    answers = ask_worker(tmp_path, "llavolta", "llava_llama.py", THEIR_LLAVOLTA, calls, {"num_hidden_layers": 12},
+                         {"weight": torch.tensor([10.0])})
+    assert answers["half"]["positions"].tolist() == [[1022, 1102, 2102]]            # of means 1022.5, 1101.5, 2102
+    assert answers["exact"]["positions"].tolist() == [[1022, 1101, 2102]]
+    for name in ("half", "exact"):
+        assert answers[name]["labels"].tolist() == [[-100, 1, 0]]
+        assert answers[name]["logits"].tolist() == [[[10.0, 20.0], [50.0, 60.0], [90.0, 100.0]]]
+    assert answers["stages"]["stages"] == [(0, 2, 8), (1301, 16, 1)]
+
+
+def test_layer_parity_stages_are_the_presets():
+    llavolta = importlib.import_module("parity.llavolta")
+    assert llavolta.stages_of_steps() == [(0, 2, 8), (1300, 2, 2), (2600, 16, 2), (3900, 0, 1)]
+
+
+def test_layer_parity_wants_a_checkout(capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module("layer_parity").main(["--old-python", "none"])
+    assert "--llavolta" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import mmcompress
-from mmcompress import cli, demo, docs
+from mmcompress import cli, demo, docs, tables
 from mmcompress.errors import SignalError
 from mmcompress.eval import Row, questions, wilson
 
@@ -194,7 +194,7 @@ def test_eval_pico(tmp_path):
 def test_eval_pico_table_fits_a_terminal(capsys):
     rows = [Row(m, 0.25, kind, 500, 450, 0.9, *wilson(450, 500), 632.4, 158.1)
             for m in ("globalcom2", "average_pool") for kind in ("all", "cards", "receipt")]
-    Console(width=80).print(cli._accuracies(rows))
+    Console(width=80).print(tables.accuracies(rows))
     shown = capsys.readouterr().out
     assert shown.count("90.0 (87-92)") == 6 and shown.count("158") == 2 and "…" not in shown
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..layout import SequenceLayout
 from ..prompt import close_up
-from ..tokens import SequenceLayout
 from .base import Step
 
 

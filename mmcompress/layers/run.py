@@ -12,7 +12,7 @@ which of them are padding, and decoding masks are fitted layer by layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,33 +21,11 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..tokens import LayerState, Reduction, Tokens
 from .attention import attention_paid
+from .held import Held
 from .masks import Columns, fit_mask
 from .plan import Group, LayerPlan, Stage
 
 KEY = "mmcompress_layers"       # the keyword argument that carries a call's LayerRun
-_CACHE = "_mmcompress_layers"   # layer -> Held, on the cache
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """What one layer of a cache holds of the prompts so far, where that is less than layer 0 holds.
-
-    valid   (B, C) bool: its first C columns; False: padding
-    base    how many columns of layer 0 they stand for; what follows is alike in all layers
-    shift   (B, 1) int64: how far this layer's positions lie below layer 0's
-    """
-
-    valid: Tensor
-    base: int
-    shift: Tensor
-    full: bool
-    moved: bool                 # shift may differ from zero
-
-    def repeat(self, rows: int) -> Held:
-        times = rows // len(self.valid)
-        if times == 1:
-            return self
-        return replace(self, valid=self.valid.repeat_interleave(times, 0), shift=self.shift.repeat_interleave(times, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,9 +253,6 @@ def closed_gaps(column: Tensor, valid: Tensor | None, positions: Tensor | None =
     return torch.where(real & (start >= 0), gap - gap.gather(1, start.clamp_min(0)), gap)
 
 
-# hooks and caches ---------------------------------------------------------------------------------------------------
-
-
 def enter_layer(layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
                 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The pre-hook of every decoder layer: take the call's LayerRun out of its arguments and let it cut the others."""
@@ -289,25 +264,3 @@ def enter_layer(layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str
         return (hidden, *args[1:]), kwargs
     hidden, kwargs = run.enter(layer, module, kwargs["hidden_states"], kwargs)
     return args, {**kwargs, "hidden_states": hidden}
-
-
-def recall_layers(cache: Any, rows: int) -> dict[int, Held]:
-    """What a cache's layers hold less than its first; nothing once it was emptied for another prompt."""
-    held: dict[int, Held] = getattr(cache, _CACHE, {})
-    if not held:
-        return {}
-    length = int(cache.get_seq_length())
-    if length == 0:
-        delattr(cache, _CACHE)
-        return {}
-    if length < max(h.base for h in held.values()):
-        raise ValueError(f"this cache was cropped to {length} columns, into a prompt that was reduced inside the language "
-                         f"model; crop generated tokens only, or start a new cache")
-    repeated = {id(h): h.repeat(rows) for h in held.values()}
-    return {layer: repeated[id(h)] for layer, h in held.items()}
-
-
-def remember_layers(cache: Any, held: dict[int, Held]) -> None:
-    """Note on a cache what its layers hold."""
-    if cache is not None and held:
-        setattr(cache, _CACHE, held)

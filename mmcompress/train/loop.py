@@ -43,7 +43,7 @@ class Run:
         try:
             from accelerate import Accelerator, DistributedDataParallelKwargs
         except ImportError as e:
-            raise ImportError("training needs accelerate: pip install accelerate") from e
+            raise ImportError("training needs accelerate: pip install 'mmcompress[train]'") from e
 
         # without the [CLS] objective the tower's last layer has no gradient, which DDP must know
         ddp = DistributedDataParallelKwargs(find_unused_parameters=not recipe.heads.cls)

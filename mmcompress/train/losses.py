@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat import from_inside
 from ..config import WrapConfig, build_layers
 from ..tokens import KeepAll
-from ..wrap import Wrapped, from_inside
+from ..wrap import Wrapped
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,7 +93,7 @@ class Stage:
         depth   N, decoder layers
         tokens  L, visual tokens of a picture
         """
-        from ..tokens import SequenceLayout
+        from ..layout import SequenceLayout
 
         config, layout = self.config, SequenceLayout(tokens, tokens)
         entering = tokens if config.image is None else config.image.count(layout)

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..compat import base_of, check_resumed
+from ..compat import base_of, check_resumed, from_inside
 from ..flops import prefill_flops
-from ..wrap import Wrapped, from_inside
+from ..wrap import Wrapped
 from .schedule import Schedule, Stage
 
 COUNTS = ("steps", "pictures", "tokens_before", "tokens_after", "flops_before", "flops_after")
