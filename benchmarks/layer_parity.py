@@ -19,8 +19,8 @@ What the worker adds to the authors' code, on instances only:
 FastV         step 5 of its README: rotary tables are read by position, however short the keys are
 PyramidDrop   a vision tower that hands ready features through. "flash": FlashAttention, which needs a GPU, is played by
               their eager attention under the mask that FlashAttention would apply
-LLaVolta      such a tower. `avg_pool1d` of float16, which torch 2.2 lacks on a CPU, sums in float32 and rounds once, as a GPU
-              does. "float32 positions": positions are averaged in float32 instead, which shows that nothing else differs
+LLaVolta      such a tower. `avg_pool1d` of float16, which torch 2.2 lacks on a CPU, sums in float32 and rounds once, as later
+              ones do. "float32 positions": positions are averaged in float32 instead, so nothing else differs
 """
 
 from __future__ import annotations

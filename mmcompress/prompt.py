@@ -18,7 +18,8 @@ from torch import Tensor
 class PromptMap:
     """How the columns of a full prompt lie in the reduced one.
 
-    `column` (B, L') int64, on the host, gives the full prompt's column of each reduced column, -1 for padding. Columns that
+    `column` (B, L') int64, on the host, gives the full prompt's column of each reduced column, -1 for padding; a picture's
+    are those of its first placeholders, which are all alike (`Wrapped.last` says which tokens stand there). Columns that
     follow the prompt (generated tokens, later turns) map to themselves, shifted. With it a caller lays anything of the full
     prompt's shape beside the reduced logits: `w.prompt.select(labels, -100)`.
     """

@@ -21,7 +21,7 @@ TRAINING = 5197                                                     # optimizer 
 
 
 class HalfPool(TorchFunctionMode):
-    """`avg_pool1d` of float16 as on a GPU, summed in float32 and rounded once; an old torch has none on a CPU."""
+    """`avg_pool1d` of float16 on a CPU as a later torch has it, summed in float32 and rounded once; an old one has none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "avg_pool1d" and args[0].dtype == torch.float16:

@@ -51,7 +51,7 @@ class StagePool(LayerReducer):
     stride     how many tokens become one
     dims       1: runs of the sequence, as published; 2: blocks of the picture
     positions  pooled tokens stand at the mean of their positions, rounded down, and text keeps its own ("original", as
-               published; the code averages in float16, inexact from 2,048 on: not reproduced); or "closed"
+               published; the code averages in float16, inexact from 1,024 on: not reproduced); or "closed"
     """
 
     layer: int = 2

@@ -19,7 +19,7 @@ import torch
 from ..flops import prefill_flops
 from .asking import ask, summarize
 from .data import Batch, Batches, Geometry
-from .model import Learner, load
+from .model import Learner, average_with_start, load
 from .optim import build_optimizers, rate, set_rate
 from .recipe import Recipe
 from .record import Clock, Log, read_state, write_state
@@ -98,6 +98,8 @@ class Run:
                     bar.set_postfix(loss=f"{row['lm']:.3f}", lr=f"{lr:.1e}")
                 last = self.step == recipe.steps
                 with self.clock.paused() as stands:
+                    if last and recipe.average < 1:
+                        average_with_start(self.learner.model, recipe)
                     if last or (recipe.eval.every and self.step % recipe.eval.every == 0):
                         self._evaluate(stands)
                     if last or self.step % recipe.save_every == 0:

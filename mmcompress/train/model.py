@@ -104,6 +104,18 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
     return model, processor
 
 
+@torch.no_grad()
+def average_with_start(model: Any, recipe: Recipe) -> None:
+    """Move the trained weights back towards those they started from, in place.
+
+    Interpolating keeps what fine-tuning gained and gives back much of what it lost elsewhere (Wortsman et al., "Robust
+    fine-tuning of zero-shot models", CVPR 2022: WiSE-FT).
+    """
+    start, _ = load(recipe)
+    for trained, before in zip(model.parameters(), start.parameters()):
+        trained.lerp_(before.to(trained), 1 - recipe.average)
+
+
 class Learner(nn.Module):
     """The model and its helper heads; one call is one step's loss, so that accelerate may wrap it whole."""
 

@@ -192,6 +192,7 @@ class Recipe:
     batch: int                              # pictures a step and process
     seed: int = 0
     init: str | None = None                 # None: from scratch; 'pico': the embedded weights; else a folder or Hub id
+    average: float = 1.0                    # share of the trained weights in the final ones; the rest is init's (WiSE-FT)
     model: ModelShape | None = None         # from scratch only
     precision: str = "bf16"                 # 'bf16': autocast; 'fp32'
     attention: str = "sdpa"                 # transformers' attn_implementation; 'eager' is faster for tiny models on a CPU
@@ -207,6 +208,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _positive("", steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every)
+        if not 0 < self.average <= 1 or (self.average < 1 and self.init is None):
+            raise ValueError(f"average={self.average}: a share in (0, 1], and 1 where there is no init to average with")
         if (self.init is None) == (self.model is None):
             raise ValueError(f"init={self.init!r} and model={'a shape' if self.model else None}: give 'model:' to train from "
                              f"scratch, or 'init:' to start from weights, not both")
