@@ -19,10 +19,10 @@ types: $(VENV)/.dev
 	$(BIN)/mypy mmcompress adapters
 
 figures: $(VENV)/.dev       ## the README's table of accuracies, about half an hour on two cores
-	OMP_NUM_THREADS=1 $(BIN)/mmcompress eval pico --methods all,globalcom2:paper_code=true --keep 0.1,0.25,0.5 --n 1000 \
-		--positions closed --out out/closed
-	OMP_NUM_THREADS=1 $(BIN)/mmcompress eval pico --methods all,globalcom2:paper_code=true --keep 0.1,0.25,0.5 --n 1000 \
-		--positions original --out out/original
+	OMP_NUM_THREADS=1 $(BIN)/mmcompress eval pico --methods all,globalcom2:paper_code=true --keep 0.1,0.25,0.5 \
+		--n 1000 --dtype bfloat16 --positions closed --out out/closed
+	OMP_NUM_THREADS=1 $(BIN)/mmcompress eval pico --methods all,globalcom2:paper_code=true --keep 0.1,0.25,0.5 \
+		--n 1000 --dtype bfloat16 --positions original --out out/original
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("mmcompress needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'

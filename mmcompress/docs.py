@@ -63,6 +63,21 @@ def accuracy_table(path: str | Path, kinds: Sequence[str] = ("cards", "receipt")
         f"transformers {rows[0]['transformers']}.\n"
 
 
+def budget_table(path: str | Path, kinds: Sequence[str] = ("cards", "receipt")) -> str:
+    """The same CSV, one line a method and budget: the share of tokens that a layer reads, and exact answers in %."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [f"| {' | '.join(['method', 'keep', 'tokens', *kinds])} |", f"|{'---|' * (3 + len(kinds))}"]
+    for method, keep, positions in dict.fromkeys((r["method"], r["keep"], r["positions"]) for r in rows):
+        found = {r["kind"]: r for r in rows if (r["method"], r["keep"], r["positions"]) == (method, keep, positions)}
+        share = float(found["all"]["tokens_after"]) / float(found["all"]["tokens_before"])
+        shown = [_percent(*(float(found[kind][k]) for k in ("accuracy", "low", "high"))) for kind in kinds]
+        lines.append(f"| {' | '.join([method, keep, f'{100 * share:.0f} %', *shown])} |")
+    asked = {r["kind"]: r["n"] for r in rows}
+    return "\n".join(lines) + f"\n\nn = {', '.join(f'{asked[k]} on {k}' for k in kinds)}; {rows[0]['device']}, " \
+        f"torch {rows[0]['torch']}, transformers {rows[0]['transformers']}.\n"
+
+
 def _percent(value: float, low: float, high: float) -> str:
     return f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import LAYER_METHODS, METHODS
 
 import mmcompress
-from mmcompress.docs import accuracy_table, methods, methods_table
+from mmcompress.docs import accuracy_table, budget_table, methods, methods_table
 from mmcompress.train import Schedule
 from mmcompress.train.recipe import Recipe
 
@@ -21,6 +21,13 @@ def test_readme_holds_the_table_of_methods():
 
 def test_readme_holds_the_measured_table():
     assert accuracy_table(ROOT / "benchmarks" / "results" / "pico.csv") in README
+
+
+def test_the_page_on_layers_holds_what_was_measured():
+    page = (ROOT / "docs" / "layers.md").read_text()
+    assert budget_table(ROOT / "benchmarks" / "results" / "layers.csv") in page
+    for path in re.findall(r"\]\(([^)#:]+)\)", page):
+        assert (ROOT / "docs" / path).exists(), path
 
 
 def test_the_table_covers_the_registry():

@@ -23,9 +23,10 @@ def plot_pareto(rows: Sequence[Any], kinds: Sequence[str] = ("cards", "receipt")
     if unknown := sorted(set(kinds) - {r.kind for r in rows}):
         raise ValueError(f"no rows of kind {', '.join(map(repr, unknown))}; there are "
                          f"{', '.join(sorted({repr(r.kind) for r in rows})) or 'none'}")
-    fig = new_figure(4.6 * len(kinds) + 1.6, 4.1)
-    panels = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     methods = list(dict.fromkeys(r.method for r in rows if not _whole(r)))
+    legend = max(1.5, 0.6 + 0.075 * max((len(m) for m in methods), default=0))         # inches
+    fig = new_figure(4.6 * len(kinds) + legend + 0.1, 4.1)
+    panels = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, kind in zip(panels, kinds):
         here = [r for r in rows if r.kind == kind]
         for i, method in enumerate(methods):
@@ -38,7 +39,7 @@ def plot_pareto(rows: Sequence[Any], kinds: Sequence[str] = ("cards", "receipt")
         _dress(ax, kind, here, log)
     panels[0].set_ylabel("exact answers, 95 % intervals", color=INK)
     handles, labels = panels[0].get_legend_handles_labels()
-    fig.tight_layout(rect=(0, 0, 1 - 1.5 / fig.get_size_inches()[0], 1))
+    fig.tight_layout(rect=(0, 0, 1 - legend / fig.get_size_inches()[0], 1))
     fig.legend(handles, labels, loc="center right", frameon=False, fontsize=9)
     return fig
 
