@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -179,7 +178,7 @@ def eval_pico(methods: Annotated[str, typer.Option(
     reducers: dict[str, Any] = {ALL_TOKENS: None}
     groups = {"all": available("image"), "layers": [m for m in available("layers") if m != "in_layer"]}
     for method in [m for part in _split(methods) for m in groups.get(part, [part])]:
-        name, *options = method.split(":")
+        name, *options = _split(method, ":")
         if name in available("layers"):
             reducers.update(_layer_configs(method, name, options, _split(keep), depth))
             continue
@@ -217,9 +216,16 @@ def _layer_configs(method: str, name: str, options: list[str], keeps: list[str],
     return {method: WrapConfig(layers=(reducer_of(name, None, options, "layers"),))}
 
 
-def _split(text: str) -> list[str]:
-    """At commas outside of brackets."""
-    return [part.strip() for part in re.split(r",(?![^\[{(]*[\]})])", text) if part.strip()]
+def _split(text: str, at: str = ",") -> list[str]:
+    """Split at a character, but not within brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == at and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
 
 
 @app.command()

@@ -22,7 +22,8 @@ def scripts(monkeypatch):
     """Import the scripts as `python benchmarks/x.py` does: their folder comes first."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("common", "ttft", "selection", "layer_parity", "parity")]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("common", "ttft", "selection", "layer_parity", "parity",
+                                                                           "schedules", "consistency")]:
         del sys.modules[name]
 
 
@@ -460,3 +461,35 @@ def test_layer_parity_wants_a_checkout(capsys):
     with pytest.raises(SystemExit):
         importlib.import_module("layer_parity").main(["--old-python", "none"])
     assert "--llavolta" in capsys.readouterr().err
+
+
+# schedules and consistency --------------------------------------------------------------------------------------------
+
+
+def test_schedules_trains_the_same_data_under_each(tmp_path, capsys):
+    import schedules
+    recipe = Path(__file__).parents[1] / "configs" / "pico-small.yaml"
+    small = ["steps=2", "batch=2", "eval.n=4", "eval.batch=4", "eval.every=0", "log_every=1"]
+    argv = ["--recipe", str(recipe), "--seeds", "0", "--schedules", "plain", "heavy", "--out", str(tmp_path)]
+    schedules.main(argv + [part for change in small for part in ("--set", change)])
+    with open(tmp_path / "schedules.csv", newline="") as file:
+        plain, heavy = csv.DictReader(file)
+    assert (plain["schedule"], heavy["schedule"], plain["steps"]) == ("plain", "heavy", "2")
+    # 24 of 192 tokens from layer 1 of 8 on
+    assert float(heavy["image_tokens"]) / float(plain["image_tokens"]) == (192 + 7 * 24) / (8 * 192)
+    assert float(heavy["flops"]) < float(plain["flops"]) / 2 and (tmp_path / "schedules.png").stat().st_size > 10000
+    assert "image tokens" in capsys.readouterr().out
+
+
+def test_consistency_of_a_model_with_itself_is_no_difference(tmp_path):
+    import consistency
+
+    from mmcompress.pico import WEIGHTS
+    out = tmp_path / "consistency.csv"
+    consistency.main(["--before", str(WEIGHTS), "--after", "pico", "--n", "16", "--cases", "GlobalRank(0.1)", "FastV(2, 0.25)",
+                      "--device", "cpu", "--out", str(out)])
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["reducer"], r["kind"]) for r in rows] == [(c, k) for c in ("GlobalRank(0.1)", "FastV(2, 0.25)")
+                                                        for k in ("all", "cards", "receipt")]
+    assert all(r["before"] == r["after"] and float(r["difference"]) == 0 for r in rows) and rows[0]["n"] == "16"

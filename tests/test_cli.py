@@ -63,11 +63,12 @@ def test_eval_compares_on_the_same_questions(tmp_path):
 
 
 def test_eval_and_run_reduce_inside_the_language_model(tmp_path):
-    got = output("eval", "pico", "--methods", "fastv:layer=4,pyramid_drop,pyramid_drop:stages=[[4,0.5]]", "--keep", "0.5,0.3",
+    stages, nested = "pyramid_drop:stages=[[2,0.5],[6,0.25]]:positions=original", "in_layer:reducer={name: uniform, keep: 0.3}"
+    got = output("eval", "pico", "--methods", f"fastv:layer=4,pyramid_drop,{stages},{nested}", "--keep", "0.5,0.3",
                  "--n", "2", "--out", tmp_path)
     rows = {(r["method"], r["keep"]): r for r in got["rows"] if r["kind"] == "all"}
     assert list(rows) == [("all tokens", 1.0), ("fastv:layer=4", 0.5), ("fastv:layer=4", 0.3), ("pyramid_drop", None),
-                          ("pyramid_drop:stages=[[4,0.5]]", None)]
+                          (stages, None), (nested, None)]
     whole = rows["all tokens", 1.0]["tokens_before"]
     assert abs(rows["fastv:layer=4", 0.5]["tokens_after"] - 0.75 * whole) < 1            # mean over the eight layers
     assert abs(rows["pyramid_drop", None]["tokens_after"] - whole * (1 + 0.5 + 0.25 + 0.125) / 4) < 2
