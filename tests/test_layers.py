@@ -301,6 +301,26 @@ def test_a_new_picture_in_a_later_turn(model, layer_method):
         assert torch.equal(alone[0], both[i])
 
 
+@pytest.mark.parametrize("reducer", [StagePool(1, 4), StagePool(1, 4, positions="closed"), InLayer(2, Uniform(keep=0.3)),
+                                     InLayer(2, Uniform(keep=0.3), positions="closed")], ids=repr)
+def test_a_conversation_on_the_cache_equals_one_fresh_prompt(model, reducer):
+    """Where the choice does not depend on the question, two turns with a picture each are one prompt with both pictures."""
+    one, two = make_inputs(model, [[(48, 48)]]), make_inputs(model, [[(48, 48)]], seed=3)
+    with wrapped(model, reducer) as w:
+        begun = w.generate(**one, max_new_tokens=2, return_dict_in_generate=True, **QUIET)
+        ids = torch.cat([begun.sequences, two["input_ids"]], 1)
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        later = w.generate(**{**two, **whole}, past_key_values=begun.past_key_values, max_new_tokens=4,
+                           return_dict_in_generate=True, output_logits=True, **QUIET)
+        pictures = {k: torch.cat([one[k], two[k]]) for k in ("pixel_values", "image_sizes")}
+        fresh = w.generate(**whole, **pictures, max_new_tokens=4, return_dict_in_generate=True, output_logits=True, **QUIET)
+    assert torch.equal(later.sequences, fresh.sequences)
+    for a, b in zip(later.logits, fresh.logits):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
+    for layer in range(4):
+        assert later.past_key_values.get_seq_length(layer) == fresh.past_key_values.get_seq_length(layer)
+
+
 def test_a_callers_own_decoding_loop(model, layer_method):
     inputs = make_inputs(model, ROWS)
     with wrapped(model, layer_reducer(layer_method)) as w:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ..viz.figure import INK, SOFT, new_figure
+from ..viz.figure import INK, new_figure, quiet
 from ..viz.pareto import COLORS, MARKERS
 
 AXES = {"seconds": "seconds of training, evaluation not counted", "step": "step",
@@ -35,7 +35,7 @@ def plot_training(runs: Mapping[str, Sequence[Mapping[str, Any]]], clock: str = 
     panels[0, 0].set_title("loss of the language model, smoothed", fontsize=10.5, color=INK, loc="left")
     panels[1, 0].set_title(f"exact answers on held-out scenes, all tokens (n = {n})", fontsize=10.5, color=INK, loc="left")
     for ax in panels.flat:
-        _dress(ax)
+        quiet(ax)
     if len(runs) > 1:
         panels[0, 1].legend(frameon=False, fontsize=9)
     fig.tight_layout()
@@ -76,13 +76,3 @@ def _smooth(values: Sequence[float], weight: float = 0.6) -> list[float]:
         total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
         out.append(total / norm)
     return out
-
-
-def _dress(ax: Any) -> None:
-    ax.tick_params(colors=SOFT, labelsize=9, length=3, which="both")
-    ax.grid(axis="y", color="#e6e8ec", linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color("#c9ced6")

@@ -51,3 +51,14 @@ def text_at(fig: Any, left: float, top: float, text: str, **style: Any) -> None:
     """Text whose upper left corner (or as `ha` and `va` say) lies at a place in inches."""
     w, h = fig.get_size_inches()
     fig.text(left / w, 1 - top / h, text, **{"va": "top", "color": INK, "fontsize": 9, **style})
+
+
+def quiet(ax: Any) -> None:
+    """Axes with horizontal lines only: no frame at the top and right, pale elsewhere."""
+    ax.tick_params(colors=SOFT, labelsize=9, length=3, which="both")
+    ax.grid(axis="y", color="#e6e8ec", linewidth=0.8)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color("#c9ced6")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .figure import INK, SOFT, new_figure
+from .figure import INK, new_figure, quiet
 
 COLORS = ("#e4572e", "#1f6fb2", "#2a9d63", "#8e5bb5", "#c79100", "#17a2a2", "#a14a6b", "#5b6b7a", "#7a5c3e", "#3d405b")
 MARKERS = "osD^vPXd<>"
@@ -77,10 +77,4 @@ def _dress(ax: Any, kind: str, rows: list[Any], log: bool) -> None:
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-    ax.tick_params(colors=SOFT, labelsize=9, length=3)
-    ax.grid(axis="y", color="#e6e8ec", linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color("#c9ced6")
+    quiet(ax)
