@@ -1,4 +1,4 @@
-"""Model families: how each encodes its pictures and takes features back. Installed as `mmcompress.adapters`.
+"""Model families: how each encodes its pictures and clips and takes features back. Installed as `mmcompress.adapters`.
 
 One file per family; README.md beside this file shows how to write one.
 """
@@ -10,11 +10,16 @@ from typing import Any
 
 from mmcompress.errors import UnsupportedModelError
 
-from .base import Adapter, Encoded
+from .base import Adapter, Captures, Encoded
 
 _ADAPTERS: dict[str, str] = {
+    "internvl": "internvl:InternVLAdapter",
     "llava": "llava:LlavaAdapter",
     "llava_next": "llava_next:LlavaNextAdapter",
+    "llava_next_video": "llava_next_video:LlavaNextVideoAdapter",
+    "llava_onevision": "llava_onevision:LlavaOnevisionAdapter",
+    "qwen2_5_vl": "qwen2_5_vl:Qwen25VLAdapter",
+    "video_llava": "video_llava:VideoLlavaAdapter",
 }
 
 
@@ -33,4 +38,4 @@ def known_model_types() -> tuple[str, ...]:
     return tuple(sorted(_ADAPTERS))
 
 
-__all__ = ["Adapter", "Encoded", "adapter_for", "known_model_types"]
+__all__ = ["Adapter", "Captures", "Encoded", "adapter_for", "known_model_types"]

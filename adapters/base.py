@@ -14,41 +14,73 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcompress.compat import check_seam
 from mmcompress.errors import SignalError, UnsupportedModelError
-from mmcompress.tokens import ImageLayout, LayerState
+from mmcompress.prompt import Found, find_placeholders
+from mmcompress.tokens import ImageLayout, LayerState, VideoLayout
+
+Layouts = Sequence[ImageLayout] | Sequence[VideoLayout] | Sequence[ImageLayout | VideoLayout]
+
+
+@dataclass(frozen=True)
+class Captures:
+    """What reducers read of the vision tower, by layer: queries and keys, and of some the attention that tokens receive."""
+
+    layers: tuple[int, ...] = ()
+    receives: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class VisionLayer:
+    """One captured vision layer of all tiles of a call, end to end."""
+
+    query: Tensor                       # (tiles, H, d): the first token's
+    keys: Tensor                        # (tiles, S, H, d)
+    received: Tensor | None = None      # (tiles, S) float32
+
+    def at(self, tiles: Tensor) -> VisionLayer:
+        """Some of the tiles."""
+        return VisionLayer(self.query[tiles], self.keys[tiles], None if self.received is None else self.received[tiles])
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What the vision tower and projector made of the pictures of a call, in placeholder order.
+    """What the vision tower and projector made of the pictures (or clips) of a call, in placeholder order.
 
-    `features` holds (N_i, D) per picture, packed as the language model reads them. `vision` holds, per captured layer,
-    the state of all tiles end to end: query (tiles, H, d), keys (tiles, S, H, d).
+    `features` holds (N_i, D) per item, packed as the language model reads them. `vision` holds the captured layers, None
+    where the tower cannot give them. `grid` are the tower's patch rows and columns where features were pooled after it.
     """
 
     features: Sequence[Tensor]
-    vision: Mapping[int, tuple[Tensor, Tensor]]
+    vision: Mapping[int, VisionLayer | None]
+    grid: tuple[int, int] | None = None
 
-    def state(self, layouts: Sequence[ImageLayout], items: Sequence[int]) -> dict[int, LayerState]:
-        """The captured layers for some pictures of equal layout, batched."""
+    def state(self, layouts: Layouts, items: Sequence[int]) -> dict[int, LayerState | None]:
+        """The captured layers for some items of equal layout, batched."""
         starts, total = [], 0
         for layout in layouts:
             starts.append(total)
             total += layout.tiles
         tiles = layouts[items[0]].tiles
-        out = {}
-        for layer, (query, keys) in self.vision.items():
-            if len(keys) != total:
-                raise SignalError(f"the vision tower saw {len(keys)} tiles where the layouts have {total}; "
+        out: dict[int, LayerState | None] = {}
+        for layer, held in self.vision.items():
+            if held is None:
+                out[layer] = None
+                continue
+            if len(held.keys) != total:
+                raise SignalError(f"the vision tower saw {len(held.keys)} tiles where the layouts have {total}; "
                                   f"report this with the model's config")
             pick = lambda x: torch.stack([x[starts[i]:starts[i] + tiles] for i in items])  # noqa: E731
-            out[layer] = LayerState(query=pick(query), keys=pick(keys))
+            received = None if held.received is None else pick(held.received)
+            out[layer] = LayerState(query=pick(held.query), keys=pick(held.keys), grid=self.grid, received=received)
         return out
 
 
 class Adapter(ABC):
-    """One model family. Holds no state beyond the model; never changes it."""
+    """One model family. Holds no state beyond the model; never changes its weights or modules."""
 
     encoder_inputs: ClassVar[tuple[str, ...]]       # what get_image_features takes; dropped once the pictures are encoded
+    video_inputs: ClassVar[tuple[str, ...]] = ()    # what get_video_features takes; (): the family reads no videos
+    reads_clips: ClassVar[bool] = False             # clips that come without inputs of their own (InternVL)
+    mrope: ClassVar[bool] = False                   # multi-dimensional rotary positions, see `positions`
 
     def __init__(self, model: Any) -> None:
         check_seam(model)
@@ -61,10 +93,28 @@ class Adapter(ABC):
         return self.config.image_token_id
 
     @property
+    def video_token_id(self) -> int:
+        """The placeholder that stands for one video token."""
+        return self.config.video_token_id
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Every token that stands for a picture's or a clip's."""
+        return (self.image_token_id, self.video_token_id) if self.video_inputs else (self.image_token_id,)
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Inputs that the language model no longer takes once everything is encoded."""
+        return tuple(dict.fromkeys((*self.encoder_inputs, *self.video_inputs)))
+
+    def tower(self, modality: str) -> Any:
+        """The vision tower that sees pictures, or the frames of clips."""
+        return self.model.model.vision_tower
+
+    @property
     def has_vision_cls(self) -> bool:
         """Whether the vision tower puts a [CLS] token before its patches, as far as its configuration tells."""
-        return any(hasattr(m, name) for m in self.model.model.vision_tower.modules()
-                   for name in ("class_embedding", "cls_token"))
+        return any(hasattr(m, name) for m in self.tower("image").modules() for name in ("class_embedding", "cls_token"))
 
     @property
     def decoder_layers(self) -> Any:
@@ -80,53 +130,171 @@ class Adapter(ABC):
         """Rotary embeddings (cos, sin), each (B, L, d), of position ids (B, L)."""
         return self.model.model.language_model.rotary_emb(hidden, position_ids=position_ids)
 
+    # what a call holds --------------------------------------------------------------------------------------------
+
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
-        pixels = inputs.get("pixel_values")
-        return pixels is not None and len(pixels) > 0
+        return _given(inputs, "pixel_values")
+
+    def has_videos(self, inputs: Mapping[str, Any]) -> bool:
+        return bool(self.video_inputs) and _given(inputs, "pixel_values_videos")
+
+    def pixels(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The tensors that the vision tower reads; the same objects mean the same features."""
+        return tuple(inputs.get(name) for name in ("pixel_values", "pixel_values_videos"))
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         """The layout of each picture, in placeholder order, from shapes and sizes alone."""
 
-    def encode(self, inputs: Mapping[str, Any], layers: Sequence[int] = ()) -> Encoded:
-        """Run tower and projector as the stock model does, capturing the named vision layers on the way."""
-        strategy = inputs.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
-        if strategy == "full" and self.has_vision_cls:
+    def video_layouts(self, inputs: Mapping[str, Any]) -> list[VideoLayout]:
+        """The layout of each clip, in placeholder order, from shapes and sizes alone."""
+        raise UnsupportedModelError(f"{type(self.model).__name__} reads no videos")
+
+    def find(self, inputs: Mapping[str, Any], ids: Tensor) -> list[Found]:
+        """Every picture, then every clip of a call, each in placeholder order. ids (B, L) on the host."""
+        images = self.layouts(inputs) if self.has_images(inputs) else []
+        found = [Found("image", row, columns, layout) for layout, (row, columns) in zip(
+            images, find_placeholders(ids, self.image_token_id, [x.tokens for x in images]))]
+        if self.video_inputs:
+            videos = self.video_layouts(inputs) if self.has_videos(inputs) else []
+            found += [Found("video", row, columns, layout) for layout, (row, columns) in zip(
+                videos, find_placeholders(ids, self.video_token_id, [x.tokens for x in videos], "video"))]
+        return found
+
+    # from pixels to features, and back into the model -------------------------------------------------------------
+
+    def encode(self, inputs: Mapping[str, Any], layers: Sequence[int] = (), receives: Sequence[int] = ()) -> Encoded:
+        """Run tower and projector on the pictures as the stock model does, capturing the named vision layers on the way."""
+        self._check_strategy(inputs)
+        with self.capture(layers, receives) as vision:
+            out = self.model.model.get_image_features(**named(inputs, self.encoder_inputs), return_dict=True)
+        return Encoded(features=list(out.pooler_output), vision=vision, grid=self.vision_grid("image"))
+
+    def encode_video(self, inputs: Mapping[str, Any], layers: Sequence[int] = (), receives: Sequence[int] = ()) -> Encoded:
+        """The same for the clips. -> (N_i, D) per clip, frame by frame"""
+        self._check_strategy(inputs)
+        with self.capture(layers, receives, "video") as vision:
+            out = self.model.model.get_video_features(**named(inputs, self.video_inputs), return_dict=True)
+        return Encoded(features=list(out.pooler_output), vision=vision, grid=self.vision_grid("video"))
+
+    def encode_all(self, inputs: Mapping[str, Any], found: Sequence[Found], captures: Mapping[str, Captures]
+                   ) -> dict[str, Encoded]:
+        """Everything that the call holds, by modality."""
+        out = {}
+        for modality, encode in (("image", self.encode), ("video", self.encode_video)):
+            if any(item.modality == modality for item in found):
+                read = captures.get(modality, Captures())
+                out[modality] = encode(inputs, read.layers, read.receives)
+        return out
+
+    def vision_grid(self, modality: str) -> tuple[int, int] | None:
+        """Patch rows and columns of one tile in the tower, where the language model reads fewer; None: it reads them all."""
+        return None
+
+    def _check_strategy(self, inputs: Mapping[str, Any]) -> None:
+        default = getattr(self.config, "vision_feature_select_strategy", None)
+        if (inputs.get("vision_feature_select_strategy") or default) == "full" and self.has_vision_cls:
             raise UnsupportedModelError("vision_feature_select_strategy='full' with a [CLS] vision tower puts [CLS] among "
                                         "the image tokens, where it has no place in a layout; set it to 'default'")
-        with self.capture(layers) as vision:
-            out = self.model.model.get_image_features(
-                **{k: inputs[k] for k in self.encoder_inputs if inputs.get(k) is not None}, return_dict=True)
-        return Encoded(features=list(out.pooler_output), vision=vision)
 
-    def outputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
-        """Features per prompt, each (K, D) -> the `mm_encoder_outputs` that `forward` and `generate` take."""
-        pooled: Any = list(features)                # transformers annotates a tensor, and takes a list from this family
-        return {"image": BaseModelOutputWithPooling(pooler_output=pooled)}
+    def outputs(self, parts: Sequence[tuple[Found, Tensor]]) -> dict[str, Any]:
+        """Each item's features (K, D) -> `mm_encoder_outputs` for `generate`.
+
+        One tensor a prompt and modality, as a list: transformers then repeats the right features for beams.
+        """
+        rows: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
+        for item, features in parts:
+            rows.setdefault(self.stream(item.modality), {}).setdefault(item.row, []).append((int(item.columns[0]), features))
+        together = lambda some: torch.cat([f for _, f in sorted(some, key=lambda x: x[0])]) if len(some) > 1 else some[0][1]  # noqa: E731
+        out: dict[str, Any] = {}
+        for stream, held in rows.items():
+            pooled: Any = [together(held[row]) for row in sorted(held)]     # transformers annotates a tensor, and takes a list
+            out[stream] = BaseModelOutputWithPooling(pooler_output=pooled)
+        return out
+
+    def stream(self, modality: str) -> str:
+        """The key of `mm_encoder_outputs` that carries a modality's features."""
+        return modality
+
+    def finish(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """`mm_encoder_outputs` as the family's `forward` takes them: lists of tensors, or one tensor where it wants that."""
+        return dict(outputs)
+
+    # positions of M-RoPE families ---------------------------------------------------------------------------------
+
+    def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Rotary positions (3, B, L) int64 of the full prompt on the host; families with `mrope` tell."""
+        raise UnsupportedModelError(f"{type(self.model).__name__} has no multi-dimensional rotary positions")
+
+    @property
+    def rope_deltas(self) -> Tensor | None:
+        """What the model itself adds to a later column's number, (B, 1); it keeps that from call to call."""
+        return self.model.model.rope_deltas
+
+    def note_rope_deltas(self, deltas: Tensor) -> None:
+        """Set it as the model's own forward does after a prompt, so that decoding by hand goes on at the right position."""
+        self.model.model.rope_deltas = deltas
 
     @contextmanager
-    def capture(self, layers: Sequence[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-        """Fill the yielded dict with {layer: (first token's query, keys)} while the vision tower runs."""
-        got: dict[int, tuple[Tensor, Tensor]] = {}
+    def capture(self, layers: Sequence[int], receives: Sequence[int] = (), modality: str = "image"
+                ) -> Iterator[dict[int, VisionLayer | None]]:
+        """Fill the yielded dict with the named vision layers while the tower runs."""
+        got: dict[int, VisionLayer | None] = {}
+        wanted = tuple(dict.fromkeys((*layers, *receives)))
         handles, queries = [], {}
         try:
-            for layer in layers:
-                q_proj, k_proj, heads = vision_projections(self.model.model.vision_tower, layer)
+            for layer in wanted:
+                q_proj, k_proj, heads = vision_projections(self.tower(modality), layer)
 
                 def take_query(_m: Any, _i: Any, out: Tensor, layer: int = layer, heads: int = heads) -> None:
-                    queries[layer] = out[:, 0].detach().unflatten(-1, (heads, -1))
+                    queries[layer] = out.detach().unflatten(-1, (heads, -1))
 
                 def take_keys(_m: Any, _i: Any, out: Tensor, layer: int = layer, heads: int = heads) -> None:
-                    got[layer] = (queries[layer], out.detach().unflatten(-1, (heads, -1)))
+                    query, keys = queries.pop(layer), out.detach().unflatten(-1, (heads, -1))
+                    received = attention_received(query, keys) if layer in receives else None
+                    got[layer] = VisionLayer(query[:, 0], keys, received)
 
                 handles += [q_proj.register_forward_hook(take_query), k_proj.register_forward_hook(take_keys)]
             yield got
         finally:
             for handle in handles:
                 handle.remove()
-        if missing := sorted(set(layers) - set(got)):
+        if missing := sorted(set(wanted) - set(got)):
             raise SignalError(f"the hooks on vision layers {missing} never ran; a tower compiled before it was hooked "
                               f"ignores them: compile the language model instead, or use a reducer without [CLS] scores")
+
+
+def attention_received(query: Tensor, keys: Tensor) -> Tensor:
+    """Mean attention that each token receives over heads and querying tokens. (tiles, S, H, d) twice -> (tiles, S) float32
+
+    Tile by tile: the maps of one tile are held at a time, not those of a clip.
+    """
+    scale = query.shape[-1] ** -0.5
+    rows = []
+    for q, k in zip(query, keys):
+        logits = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
+        rows.append(logits.softmax(-1).mean((0, 1)))
+    return torch.stack(rows)
+
+
+def one_tensor(outputs: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, Any]:
+    """`mm_encoder_outputs` with the named modalities' lists joined into one tensor (1, N, D)."""
+    out = dict(outputs)
+    for modality in modalities:
+        held = out.get(modality)
+        if held is not None and not isinstance(held.pooler_output, Tensor):
+            joined: Any = torch.cat(list(held.pooler_output))[None]
+            out[modality] = BaseModelOutputWithPooling(pooler_output=joined)
+    return out
+
+
+def _given(inputs: Mapping[str, Any], name: str) -> bool:
+    pixels = inputs.get(name)
+    return pixels is not None and len(pixels) > 0
+
+
+def named(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
 def vision_projections(tower: Any, layer: int) -> tuple[nn.Module, nn.Module, int]:

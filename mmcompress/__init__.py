@@ -13,7 +13,7 @@ from .config import WrapConfig
 from .errors import SignalError, UnsupportedModelError, WrapError
 from .registry import available, register
 from .report import Report
-from .tokens import ImageLayout, ImageReducer, Layout, Reducer, Reduction, Tokens, select
+from .tokens import ImageLayout, ImageReducer, Layout, Reducer, Reduction, Tokens, VideoLayout, VideoReducer, select
 from .wrap import Wrapped, compress, from_pretrained, unwrap, wrap
 
 __version__ = version("mmcompress")
@@ -26,6 +26,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("adapters", "eval", "image", "layers", "pico", "train", "viz"):     # import mmcompress; mmcompress.pico.load()
+    if name in ("adapters", "eval", "image", "layers", "pico", "train", "video", "viz"):     # import mmcompress; mmcompress.pico.load()
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ Calls without pictures pass through, except that a cache which holds a reduced p
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,8 @@ def forward(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
         raise ValueError("forward() with pictures and a filled cache: let generate() continue the conversation, "
                          "or call forward with a fresh cache")
     run = handle.start(kwargs)
+    if run.prompt is not None:
+        _note_positions(handle, run.prompt, kwargs.get("attention_mask"))
     with run.stopwatch.stage("prefill"):
         out = through_layers(handle, run.inputs, run)
     remember(_cache_of(out), run.prompt)
@@ -51,6 +54,8 @@ def forward(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
 
 def through_layers(handle: Wrapped, kwargs: dict[str, Any], run: Run | None) -> Any:
     """The stock forward; `run` says what is to be reduced inside the language model, the cache what was."""
+    if kwargs.get("mm_encoder_outputs"):
+        kwargs = {**kwargs, "mm_encoder_outputs": handle.adapter.finish(kwargs["mm_encoder_outputs"])}
     layers = _layer_run(handle, kwargs, run)
     if layers is None:
         return handle.stock["forward"](**kwargs)
@@ -115,6 +120,15 @@ def _join_mask(prompt: PromptMap, mask: Tensor) -> Tensor:
     return torch.cat([prompt.select(mask[:, :prompt.full], 0), mask[:, prompt.full:]], 1)
 
 
+def _note_positions(handle: Wrapped, prompt: PromptMap, mask: Tensor | None) -> None:
+    """Where text goes on behind a reduced prompt, for models with M-RoPE: they add it to the number of a new column."""
+    if prompt.rope_deltas is None:
+        return
+    tokens = prompt.full if mask is None else mask[:, :prompt.full].sum(1, keepdim=True)
+    left = (prompt.column >= 0).sum(1, keepdim=True).to(prompt.rope_deltas.device)
+    handle.adapter.note_rope_deltas(prompt.rope_deltas + tokens - left)
+
+
 # caches ---------------------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +174,8 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("input_ids") is None:
         raise ValueError("generate() with pictures needs input_ids; inputs_embeds alone do not tell where they stand")
     if earlier is None and cache is not None and (held := int(cache.get_seq_length())) > 0:
-        earlier = whole(kwargs["input_ids"][:, :held])          # turns so far had no picture, or kept theirs whole
+        deltas = handle.adapter.rope_deltas if handle.adapter.mrope else None
+        earlier = whole(kwargs["input_ids"][:, :held], deltas)  # turns so far had no picture, or kept theirs whole
     if kwargs.get("prefill_chunk_size", getattr(kwargs.get("generation_config"), "prefill_chunk_size", None)):
         check_chunked_prefill()
         if handle.config.positions == "original":
@@ -176,6 +191,7 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
             begun = handle.start(kwargs, side="left")           # generation reads the last column of every row
             call, prompt = begun.inputs, begun.prompt
     if prompt is not None:
+        _note_positions(handle, prompt, kwargs.get("attention_mask"))
         _fit_lengths(call, prompt, model.generation_config)
         _fit_watchers(call, prompt)
     handle.timed = handle.run.stopwatch if handle.run is not None and handle.run is not before else None
@@ -209,6 +225,8 @@ def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]
     positions = mask.long().cumsum(1).sub(1).clamp_min(0)
     new = {**kwargs, "input_ids": ids[:, earlier.full:], "attention_mask": mask[:, earlier.full:],
            "position_ids": positions[:, earlier.full:]}
+    if handle.adapter.mrope:
+        return _continue_mrope(handle, earlier, kwargs, new)
     run = later = None
     if handle.reduces(kwargs):
         if handle.config.positions == "original":
@@ -221,6 +239,34 @@ def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]
     call["position_ids"] = torch.cat([before, new["position_ids"]], 1)
     if handle.config.positions == "closed":
         del call["position_ids"]
+    return call, prompt, run
+
+
+def _continue_mrope(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any], new: dict[str, Any]
+                    ) -> tuple[dict[str, Any], PromptMap, Run | None]:
+    """The same for multi-dimensional rotary positions: the new turn's are the model's own, moved behind the earlier ones."""
+    ids, mask, adapter = kwargs["input_ids"], kwargs["attention_mask"], handle.adapter
+    if earlier.rope_deltas is None:
+        raise ValueError("this cache does not know where its rotary positions ended; let generate() of the wrapped model make "
+                         "the first turn")
+    begun = mask[:, :earlier.full].sum(1, keepdim=True) + earlier.rope_deltas.to(mask.device)           # (B, 1)
+    own = adapter.positions(new, new["input_ids"].cpu(), new["attention_mask"].cpu()).to(ids.device)
+    new["position_ids"] = own + begun                                                                   # (3, B, L)
+    run = later = None
+    if handle.reduces(kwargs):
+        run = handle.start(new, side="left")
+        later, positions = run.prompt, run.inputs.get("position_ids", new["position_ids"])[-3:]
+        new = {k: v for k, v in run.inputs.items() if k not in adapter.dropped}
+    else:
+        positions = new["position_ids"]
+        new = {k: v for k, v in new.items() if k not in adapter.dropped}
+    part = later or whole(ids[:, earlier.full:])
+    total = mask.sum(1, keepdim=True)
+    prompt = earlier.then(replace(part, rope_deltas=own.amax((0, 2))[:, None] + 1 + begun - total))
+    call = {**new, "input_ids": prompt.select(ids, 0), "attention_mask": prompt.select(mask, 0)}
+    past = positions.new_zeros(3, len(ids), earlier.reduced)            # in the cache already; only their number matters
+    plain = call["attention_mask"].long().cumsum(1).sub(1).clamp_min(0)
+    call["position_ids"] = torch.cat([plain[None], torch.cat([past, positions], 2)])
     return call, prompt, run
 
 

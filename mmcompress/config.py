@@ -11,6 +11,7 @@ from typing import Any
 
 from . import registry
 from .layers.base import Positions, Step, steps_of
+from .tokens import KeepAll
 
 FILE_NAME = "mmcompress.json"
 
@@ -20,51 +21,70 @@ class WrapConfig:
     """What is reduced and how the shorter prompt is laid out.
 
     image        reduces pictures before the language model; None: not there
+    video        reduces clips before the language model; None: not there
     layers       reducers inside the language model, such as (FastV(2, 0.5),)
     positions    "closed": kept tokens close up, as if the picture had been that small; "original": each keeps the
-                 position it had in the full prompt, and the text after it too; None: what the reducer was made for, its
-                 attribute `positions`
+                 position it had in the full prompt, and the text after it too; None: what the reducers were made for, their
+                 attribute `positions`, "original" if one of them asks for it. Models with multi-dimensional rotary positions
+                 (M-RoPE) keep the original ones whatever this says.
     """
 
     image: Any = None
     positions: Positions | None = None
     layers: tuple[Any, ...] = ()
+    video: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        if self.image is None and not self.layers:
-            raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25), or layers=[...]")
+        if self.image is None and self.video is None and not self.layers:
+            raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25), video=... or "
+                             "layers=[...]")
         if self.positions is None:
-            object.__setattr__(self, "positions", getattr(self.image, "positions", "closed"))
+            wanted = [getattr(r, "positions", "closed") for r in (self.image, self.video) if r is not None]
+            object.__setattr__(self, "positions", "original" if "original" in wanted else "closed")
         if self.positions not in ("closed", "original"):
             raise ValueError(f"positions={self.positions!r}: 'closed' or 'original'")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"image": None if self.image is None else registry.describe("image", self.image), "positions": self.positions,
+        slots = {slot: None if reducer is None else registry.describe(slot, reducer)
+                 for slot, reducer in (("image", self.image), ("video", self.video))}
+        return {**slots, "positions": self.positions,
                 "layers": [registry.describe("layers", reducer) for reducer in self.layers]}
+
+    @property
+    def reducers(self) -> dict[str, Any]:
+        """What reduces each modality before the language model."""
+        return {"image": self.image or KeepAll(), "video": self.video or KeepAll()}
 
     def steps(self, depth: int) -> tuple[Step, ...]:
         """The reductions inside a language model of `depth` layers, by layer."""
         return steps_of(self.layers, depth)
 
-    def captures(self, depth: int) -> tuple[int, ...]:
-        """The vision layers that some reducer reads."""
-        reducers = [self.image, *(step.reducer for step in self.steps(depth))]
-        return tuple(dict.fromkeys(layer for r in reducers for layer in getattr(r, "captures", ())))
+    def captures(self, depth: int, modality: str = "image") -> tuple[int, ...]:
+        """The vision layers whose queries and keys some reducer of a modality reads."""
+        return self._layers_read("captures", depth, modality)
+
+    def receives(self, depth: int, modality: str = "image") -> tuple[int, ...]:
+        """The vision layers of which some reducer reads the attention that tokens receive."""
+        return self._layers_read("receives", depth, modality)
+
+    def _layers_read(self, name: str, depth: int, modality: str) -> tuple[int, ...]:
+        reducers = [self.reducers[modality], *(step.reducer for step in self.steps(depth))]
+        return tuple(dict.fromkeys(layer for r in reducers for layer in getattr(r, name, ())))
 
     @property
     def label(self) -> str:
         """What is reduced, in short."""
-        return " + ".join(registry.label(r) for r in (self.image, *self.layers) if r is not None)
+        return " + ".join(registry.label(r) for r in (self.image, self.video, *self.layers) if r is not None)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> WrapConfig:
         data = dict(data)
         data.pop("mmcompress_version", None)
-        if unknown := sorted(set(data) - {"image", "positions", "layers"}):
-            raise ValueError(f"unknown keys {', '.join(unknown)}; a configuration has image, layers and positions")
-        return cls(image=registry.build("image", data["image"]) if data.get("image") is not None else None,
-                   positions=data.get("positions"), layers=build_layers(data.get("layers") or ()))
+        if unknown := sorted(set(data) - {"image", "video", "positions", "layers"}):
+            raise ValueError(f"unknown keys {', '.join(unknown)}; a configuration has image, video, layers and positions")
+        slots = {slot: registry.build(slot, data[slot]) for slot in ("image", "video") if data.get(slot) is not None}
+        return cls(**slots, positions=data.get("positions"), layers=build_layers(data.get("layers") or ()))
 
     @classmethod
     def load(cls, path: str | Path) -> WrapConfig:

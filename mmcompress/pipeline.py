@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, Encoded
+from .adapters import Adapter, Captures, Encoded
 from .config import Positions, WrapConfig
 from .layers.base import Step
 from .layers.plan import LayerPlan, Span, plan_layers
 from .layers.run import LayerItem, State, take
-from .layout import ImageLayout, SequenceLayout
-from .prompt import PromptMap, as_mask, find_placeholders, padding_side, plan
+from .errors import UnsupportedModelError
+from .layout import SequenceLayout
+from .prompt import Found, PromptMap, as_mask, padding_side, plan
 from .report import Stopwatch
-from .tokens import KeepAll, Reduction, Tokens
+from .tokens import ImageReducer, KeepAll, Reduction, Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One reduced picture: where it stood and which of its tokens went where. Holds no features."""
+    """One reduced picture or clip: where it stood and which of its tokens went where. Holds no features."""
 
-    modality: str
+    modality: str               # "image" or "video"
     row: int                    # its prompt in the batch
     layout: Any
     index: Tensor               # (K,) int64
@@ -53,7 +54,7 @@ class Run:
 
     rows: int                               # prompts
     columns: int                            # length of the caller's prompts
-    inputs: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)        # `mm_encoder_outputs` as generate takes them
     prompt: PromptMap | None = None         # None: no column was dropped before the language model
     layers: LayerPlan | None = None         # None: none is dropped inside it
     vision: State | None = None             # captured vision layers, for reducers inside the language model
@@ -86,101 +87,146 @@ class Run:
 
 
 def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfig,
-                  side: Literal["left", "right"] | None = None, encoded: Encoded | None = None) -> Run:
-    """Encode and reduce the pictures of a call, and shorten its prompt to match.
+                  side: Literal["left", "right"] | None = None, encoded: Mapping[str, Encoded] | Encoded | None = None) -> Run:
+    """Encode and reduce the pictures and clips of a call, and shorten its prompt to match.
 
     inputs   what the processor returned, with labels or position_ids (B, L) if wanted
     side     where prompts of unequal length are padded; None: as the caller's mask is
-    encoded  what `adapter.encode` made of these inputs, with the layers the reducer captures; None: encode them now
+    encoded  what `adapter.encode_all` made of these inputs (or `encode` of pictures alone), with the layers the reducers
+             read; None: encode them now
     """
     input_ids = inputs.get("input_ids")
     if input_ids is None:
         raise ValueError("input_ids are needed to find the pictures' placeholders; inputs_embeds alone do not tell them")
     mask = as_mask(inputs)
-    layouts = adapter.layouts(inputs)
-    reducer = config.image or KeepAll()
+    reducers = config.reducers
     steps = config.steps(adapter.depth)
     host_ids, host_mask = input_ids.cpu(), None if mask is None else mask.cpu()     # before the tower is launched
-    spans = find_placeholders(host_ids, adapter.image_token_id, [layout.tokens for layout in layouts])
+    found = adapter.find(inputs, host_ids)
     run = Run(rows=len(input_ids), columns=input_ids.shape[1], stopwatch=Stopwatch(input_ids.device))
 
-    def shorten(counts: list[int]) -> None:
+    def shorten(kept: list[int | Tensor]) -> None:
         on = side or padding_side(host_mask)
-        run.prompt = plan(input_ids, host_ids, host_mask, spans, counts, on)
+        run.prompt = plan(input_ids, host_ids, host_mask, found, kept, on)
         if steps:
-            run.layers = _plan_layers(steps, run.prompt, host_ids, host_mask, spans, layouts, counts, on, inputs.get("labels"),
+            run.layers = _plan_layers(steps, run.prompt, host_ids, host_mask, found, kept, on, inputs.get("labels"),
                                       input_ids.device)
 
-    counts_need_data = getattr(reducer, "count_is_bound", False)
+    reduced_later = [i for i, item in enumerate(found) if _needs_data(reducers[item.modality], item)]
     question = None
     with run.stopwatch.stage("plan"):
-        if not counts_need_data:                                # everything the host has to do is done before the tower runs
-            shorten([reducer.count(layout) for layout in layouts])
-        if getattr(reducer, "reads_question", False):
-            question = _questions(adapter, host_ids, host_mask, spans)
+        if not reduced_later:                                   # everything the host has to do is done before the tower runs
+            shorten([reducers[item.modality].count(item.layout) for item in found])
+        if any(getattr(reducers[item.modality], "reads_question", False) for item in found):
+            question = _questions(adapter, host_ids, host_mask, found)
+        full = _full_positions(adapter, inputs, host_ids, host_mask) if adapter.mrope else None
     with run.stopwatch.stage("encode"):
-        if encoded is None:
-            encoded = adapter.encode(inputs, config.captures(adapter.depth))
+        if isinstance(encoded, Encoded):
+            encoded = {"image": encoded}
+        elif encoded is None:
+            encoded = adapter.encode_all(inputs, found, captures_of(config, adapter))
         if any(getattr(step.reducer, "captures", ()) for step in steps):
-            run.vision = partial(encoded.state, layouts)
+            run.vision = partial(_vision_state, encoded, found)
     with run.stopwatch.stage("reduce"):
-        reduced = _reduce(adapter, encoded, layouts, reducer, question)
+        reduced = _reduce(encoded, found, reducers, question)
     with run.stopwatch.stage("pack"):
-        run.items = [Item("image", row, layout, index, source, mass)
-                     for (row, _), layout, (_, index, source, mass) in zip(spans, layouts, reduced)]
-        if counts_need_data:
-            shorten([item.after for item in run.items])
-        run.inputs = {k: v for k, v in inputs.items() if k not in adapter.encoder_inputs}
-        run.inputs.update(_shortened(run, inputs, mask, spans, config.positions))
+        run.items = [Item(item.modality, item.row, item.layout, index, source, mass)
+                     for item, (_, index, source, mass) in zip(found, reduced)]
+        if reduced_later:
+            shorten([len(one.index) if item.together else one.index.cpu() for item, one in zip(found, run.items)])
+        run.inputs = {k: v for k, v in inputs.items() if k not in adapter.dropped}
+        if full is not None and run.prompt is None:             # nothing went: the stock model finds its own positions
+            run.inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_values_videos")}
+        if full is not None and run.prompt is not None:
+            run.prompt = replace(run.prompt, rope_deltas=_rope_deltas(full, host_mask).to(input_ids.device))
+        run.inputs.update(_shortened(run, inputs, mask, found, config.positions, full))
         if inputs.get("labels") is not None and (final := run.final(input_ids)) is not None:
             run.inputs["labels"] = final.select(inputs["labels"], -100)
-        rows: dict[int, list[Tensor]] = {}
-        for (row, _), (tokens, *_rest) in zip(spans, reduced):
-            rows.setdefault(row, []).append(tokens)
-        # one tensor a prompt: transformers then repeats the right features for beams and num_return_sequences
-        run.inputs["mm_encoder_outputs"] = adapter.outputs([torch.cat(t) if len(t) > 1 else t[0] for t in rows.values()])
+        run.inputs["mm_encoder_outputs"] = adapter.outputs(
+            [(item, tokens) for item, (tokens, *_rest) in zip(found, reduced)])
     return run
 
 
-def _plan_layers(steps: Sequence[Step], prompt: PromptMap | None, ids: Tensor, mask: Tensor | None,
-                 spans: Sequence[tuple[int, Tensor]], layouts: Sequence[Any], counts: Sequence[int],
-                 side: Literal["left", "right"], labels: Tensor | None, device: torch.device) -> LayerPlan | None:
+def captures_of(config: WrapConfig, adapter: Adapter) -> dict[str, Captures]:
+    """What the reducers of a configuration read of the vision tower, by modality."""
+    depth = adapter.depth
+    return {modality: Captures(config.captures(depth, modality), config.receives(depth, modality)) for modality in config.reducers}
+
+
+def _needs_data(reducer: Any, item: Found) -> bool:
+    """Whether which placeholders of an item stay is known with its data only."""
+    if getattr(reducer, "count_is_bound", False):
+        return True
+    return not item.together and reducer.count(item.layout) < item.layout.tokens
+
+
+def _vision_state(encoded: Mapping[str, Encoded], found: Sequence[Found], items: Sequence[int]) -> Any:
+    """The captured vision layers of some items of equal layout, numbered among all items of the call."""
+    modality = found[items[0]].modality
+    same = [i for i, item in enumerate(found) if item.modality == modality]
+    return encoded[modality].state([found[i].layout for i in same], [same.index(i) for i in items])
+
+
+def _full_positions(adapter: Adapter, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Rotary positions (3, B, L) of the full prompt, on the host: the caller's, or the model's own."""
+    given = inputs.get("position_ids")
+    if given is None:
+        return adapter.positions(inputs, ids, mask)
+    if given.ndim != 3:
+        raise ValueError(f"position_ids of shape {tuple(given.shape)}: this model's are (3, prompts, length)")
+    return given[-3:].cpu()
+
+
+def _plan_layers(steps: Sequence[Step], prompt: PromptMap | None, ids: Tensor, mask: Tensor | None, found: Sequence[Found],
+                 kept: Sequence[int | Tensor], side: Literal["left", "right"], labels: Tensor | None, device: torch.device
+                 ) -> LayerPlan | None:
     """Plan the layer reducers on the prompt that enters the language model."""
+    if any(not item.together for item in found):
+        raise UnsupportedModelError("layers=[...] on a clip whose frames stand between text (InternVL): its tokens are no run "
+                                    "of columns; reduce it by video=... alone")
+    if any(item.modality == "video" for item in found) and any(isinstance(step.reducer, ImageReducer) for step in steps):
+        raise UnsupportedModelError("InLayer reduces pictures, and this call holds a clip; use FastV, PyramidDrop or "
+                                    "StagePool inside the language model, or video=... before it")
     labels = None if labels is None else labels.cpu()
     if prompt is None:
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        starts = [int(columns[0]) for _, columns in spans]
+        starts = [int(item.columns[0]) for item in found]
     else:
         valid = prompt.column >= 0
         labels = None if labels is None else prompt.select(labels, -100)
-        starts = [int((prompt.column[row] == columns[0]).nonzero()[0]) for row, columns in spans]
-    entering = [layout if k == layout.tokens else SequenceLayout(k, k) for layout, k in zip(layouts, counts)]
-    found = [Span(row, start, layout) for (row, _), start, layout in zip(spans, starts, entering)]
-    return plan_layers(steps, valid, found, side, labels, device)
+        starts = [int((prompt.column[item.row] == item.columns[0]).nonzero()[0]) for item in found]
+    counts = [k if isinstance(k, int) else len(k) for k in kept]
+    entering = [item.layout if k == item.layout.tokens else SequenceLayout(k, k) for item, k in zip(found, counts)]
+    spans = [Span(item.row, start, layout) for item, start, layout in zip(found, starts, entering)]
+    return plan_layers(steps, valid, spans, side, labels, device)
 
 
 Reduced = tuple[Tensor, Tensor, Tensor, "Tensor | None"]        # one picture's tokens, index, source, mass
 
 
-def _reduce(adapter: Adapter, encoded: Any, layouts: Sequence[ImageLayout], reducer: Any,
+def _reduce(encoded: Mapping[str, Encoded], found: Sequence[Found], reducers: Mapping[str, Any],
             question: tuple[Tensor, Tensor] | None) -> list[Reduced]:
-    """Reduce pictures of equal layout together."""
-    groups: dict[ImageLayout, list[int]] = {}
-    for i, (features, layout) in enumerate(zip(encoded.features, layouts)):
-        if len(features) != layout.tokens:
-            raise ValueError(f"picture {i} has {len(features)} features where its layout has {layout.tokens} tokens; "
-                             f"pixel_values and image_sizes must come from one processor call")
-        groups.setdefault(layout, []).append(i)
-    out: list[Reduced | None] = [None] * len(layouts)
-    for layout, items in groups.items():
-        features = torch.stack([encoded.features[i] for i in items])
-        asked = (None, None) if question is None else tuple(q[items] for q in question)
-        x = Tokens(features=features, layout=layout, vision=encoded.state(layouts, items),
-                   question=asked[0], question_mask=asked[1])
-        reduction = reducer(x)
-        _check(reduction, reducer, x)
-        for j, i in enumerate(items):
-            out[i] = _item(reduction, j)
+    """Reduce items of one modality and equal layout together."""
+    out: list[Reduced | None] = [None] * len(found)
+    for modality, reducer in reducers.items():
+        same = [i for i, item in enumerate(found) if item.modality == modality]
+        if not same:
+            continue
+        features, layouts = encoded[modality].features, [found[i].layout for i in same]
+        groups: dict[Any, list[int]] = {}
+        for i, (one, layout) in enumerate(zip(features, layouts)):
+            if len(one) != layout.tokens:
+                raise ValueError(f"{'picture' if modality == 'image' else modality} {i} has {len(one)} features where its layout "
+                                 f"has {layout.tokens} tokens; pixels and sizes must come from one processor call")
+            groups.setdefault(layout, []).append(i)
+        for layout, items in groups.items():
+            asked = (None, None) if question is None else tuple(q[[same[i] for i in items]] for q in question)
+            x = Tokens(features=torch.stack([features[i] for i in items]), layout=layout,
+                       vision=encoded[modality].state(layouts, items), question=asked[0], question_mask=asked[1])
+            reduction = reducer(x)
+            _check(reduction, reducer, x)
+            for j, i in enumerate(items):
+                out[same[i]] = _item(reduction, j)
     return [r for r in out if r is not None]
 
 
@@ -200,45 +246,59 @@ def _item(reduction: Reduction, j: int) -> Reduced:
     return tokens, index, source, mass
 
 
-def _shortened(run: Run, inputs: Mapping[str, Any], mask: Tensor | None, spans: Sequence[tuple[int, Tensor]],
-               positions: Positions | None) -> dict[str, Any]:
+def _shortened(run: Run, inputs: Mapping[str, Any], mask: Tensor | None, found: Sequence[Found],
+               positions: Positions | None, full: Tensor | None) -> dict[str, Any]:
     """input_ids, attention_mask, labels and position_ids of the shorter prompt; nothing where no column was dropped."""
     if run.prompt is None:
         return {}
     ids, prompt = inputs["input_ids"], run.prompt
     out: dict[str, Any] = {"input_ids": prompt.select(ids, 0)}
-    if mask is not None or prompt.is_padded or positions == "original":
-        full = torch.ones_like(ids) if mask is None else mask
-        out["attention_mask"] = prompt.select(full, 0)
+    if mask is not None or prompt.is_padded or positions == "original" or full is not None:
+        whole = torch.ones_like(ids) if mask is None else mask
+        out["attention_mask"] = prompt.select(whole, 0)
     if inputs.get("token_type_ids") is not None:
         out["token_type_ids"] = prompt.select(inputs["token_type_ids"], 0)
+    if full is not None:
+        out["position_ids"] = _three_axes(prompt, full.to(ids.device), found, run.items)
+        return out
     given = inputs.get("position_ids")
     if given is not None or positions == "original":
         if given is None:
             given = (torch.ones_like(ids) if mask is None else mask).long().cumsum(1).sub(1).clamp_min(0)
-        out["position_ids"] = _original_positions(prompt, given.expand_as(ids), spans, run.items)
+        out["position_ids"] = _original_positions(prompt, given.expand_as(ids), found, run.items)
     return out
 
 
-def _original_positions(prompt: PromptMap, position_ids: Tensor, spans: Sequence[tuple[int, Tensor]],
-                        items: Sequence[Item]) -> Tensor:
+def _original_positions(prompt: PromptMap, position_ids: Tensor, found: Sequence[Found], items: Sequence[Item]) -> Tensor:
     """Each kept token's position in the full prompt. -> (B, L')"""
     out = prompt.select(position_ids, 0)
-    for (row, columns), item in zip(spans, items):
-        first = int((prompt.column[row] == columns[0]).nonzero()[0])            # a picture's kept placeholders stand together
-        out[row, first:first + item.after] = position_ids[row, columns.to(out.device)[item.index]]
+    for place, item in zip(found, items):
+        if item.after < item.before and place.together:         # else each kept placeholder stands where it stood
+            first = int((prompt.column[place.row] == place.columns[0]).nonzero()[0])
+            out[place.row, first:first + item.after] = position_ids[place.row, place.columns.to(out.device)[item.index]]
     return out
 
 
-def _questions(adapter: Adapter, ids: Tensor, mask: Tensor | None, spans: Sequence[tuple[int, Tensor]]
-               ) -> tuple[Tensor, Tensor]:
-    """Input embeddings of the text that follows each picture in its prompt. -> (items, Q, D), (items, Q) bool"""
+def _rope_deltas(full: Tensor, mask: Tensor | None) -> Tensor:
+    """How far the text behind each prompt is ahead of its number among the prompt's tokens. full (3, B, L) -> (B, 1)"""
+    tokens = torch.full((full.shape[1], 1), full.shape[2]) if mask is None else mask.sum(1, keepdim=True)
+    return full.amax((0, 2))[:, None] + 1 - tokens
+
+
+def _three_axes(prompt: PromptMap, full: Tensor, found: Sequence[Found], items: Sequence[Item]) -> Tensor:
+    """M-RoPE positions of the shorter prompt, behind a row of plain ones that masks are made from. -> (4, B, L')"""
+    plain = (prompt.column >= 0).long().cumsum(1).sub(1).clamp_min(0).to(full.device)
+    return torch.stack([plain, *(_original_positions(prompt, axis, found, items) for axis in full)])
+
+
+def _questions(adapter: Adapter, ids: Tensor, mask: Tensor | None, found: Sequence[Found]) -> tuple[Tensor, Tensor]:
+    """Input embeddings of the text that follows each item in its prompt. -> (items, Q, D), (items, Q) bool"""
     texts = []
-    for row, columns in spans:
-        after = ids[row, int(columns[-1]) + 1:]
-        real = after != adapter.image_token_id
+    for item in found:
+        after = ids[item.row, int(item.columns[-1]) + 1:]
+        real = ~torch.isin(after, torch.tensor(adapter.placeholders))
         if mask is not None:
-            real &= mask[row, int(columns[-1]) + 1:].bool()
+            real &= mask[item.row, int(item.columns[-1]) + 1:].bool()
         texts.append(after[real])
     padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True) if texts else ids[:0]
     lengths = torch.tensor([len(t) for t in texts])

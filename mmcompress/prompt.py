@@ -15,17 +15,34 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class Found:
+    """A picture or clip of a call: where its placeholders stand, and how its tokens lie."""
+
+    modality: str               # "image" or "video"
+    row: int                    # its prompt in the batch
+    columns: Tensor             # (N,) int64 on the host, ascending; text may stand between them
+    layout: Any
+
+    @property
+    def together(self) -> bool:
+        """Whether no text stands between its placeholders."""
+        return int(self.columns[-1]) - int(self.columns[0]) + 1 == len(self.columns)
+
+
+@dataclass(frozen=True, eq=False)
 class PromptMap:
     """How the columns of a full prompt lie in the reduced one.
 
     `column` (B, L') int64, on the host, gives the full prompt's column of each reduced column, -1 for padding; a picture's
     are those of its first placeholders, which are all alike (`Wrapped.last` says which tokens stand there). Columns that
     follow the prompt (generated tokens, later turns) map to themselves, shifted. With it a caller lays anything of the full
-    prompt's shape beside the reduced logits: `w.prompt.select(labels, -100)`.
+    prompt's shape beside the reduced logits: `w.prompt.select(labels, -100)`. `rope_deltas` (B, 1), for models with
+    multi-dimensional rotary positions (M-RoPE), is what a later text token's position is ahead of its number in the full prompt.
     """
 
     input_ids: Tensor           # (B, L), as the caller passed them, where the caller keeps them
     column: Tensor              # (B, L')
+    rope_deltas: Tensor | None = None
 
     @property
     def full(self) -> int:
@@ -59,51 +76,57 @@ class PromptMap:
         times = rows // len(self.input_ids)
         if times == 1:
             return self
-        return PromptMap(self.input_ids.repeat_interleave(times, 0), self.column.repeat_interleave(times, 0))
+        deltas = None if self.rope_deltas is None else self.rope_deltas.repeat_interleave(times, 0)
+        return PromptMap(self.input_ids.repeat_interleave(times, 0), self.column.repeat_interleave(times, 0), deltas)
 
     def then(self, later: PromptMap) -> PromptMap:
         """This prompt, continued by the columns of a later turn."""
         column = torch.where(later.column < 0, -1, later.column + self.full)
-        return PromptMap(torch.cat([self.input_ids, later.input_ids], 1), torch.cat([self.column, column], 1))
+        deltas = self.rope_deltas if later.rope_deltas is None else later.rope_deltas
+        return PromptMap(torch.cat([self.input_ids, later.input_ids], 1), torch.cat([self.column, column], 1), deltas)
 
 
-def whole(input_ids: Tensor) -> PromptMap:
+def whole(input_ids: Tensor, rope_deltas: Tensor | None = None) -> PromptMap:
     """The map that keeps every column."""
-    return PromptMap(input_ids, torch.arange(input_ids.shape[1]).expand(len(input_ids), -1))
+    return PromptMap(input_ids, torch.arange(input_ids.shape[1]).expand(len(input_ids), -1), rope_deltas)
 
 
-def find_placeholders(input_ids: Tensor, image_token_id: int, counts: Sequence[int]) -> list[tuple[int, Tensor]]:
-    """Where each picture's placeholders stand: (row, columns (N_i,)) per picture. input_ids (B, L) on the host."""
+def find_placeholders(input_ids: Tensor, token_id: int, counts: Sequence[int], modality: str = "image"
+                      ) -> list[tuple[int, Tensor]]:
+    """Where each item's placeholders stand: (row, columns (N_i,)) per item. input_ids (B, L) on the host."""
+    noun, pixels = {"image": ("picture", "pixel_values"), "video": ("video", "pixel_values_videos")}[modality]
     spans: list[tuple[int, Tensor]] = []
     todo = list(counts)
     for row, ids in enumerate(input_ids):
-        columns = (ids == image_token_id).nonzero()[:, 0]
+        columns = (ids == token_id).nonzero()[:, 0]
         at = 0
         while at < len(columns) and todo and at + todo[0] <= len(columns):
             spans.append((row, columns[at:at + todo[0]]))
             at += todo.pop(0)
         if at < len(columns):
-            wanted = f"the next picture takes {todo[0]}" if todo else "there is no picture left"
-            raise ValueError(f"prompt {row} has {len(columns) - at} image placeholders too many: {wanted}; pass input_ids "
-                             f"and pixel_values of one processor call, every picture in the order of its placeholders")
+            wanted = f"the next {noun} takes {todo[0]}" if todo else f"there is no {noun} left"
+            raise ValueError(f"prompt {row} has {len(columns) - at} {modality} placeholders too many: {wanted}; pass input_ids "
+                             f"and {pixels} of one processor call, every {noun} in the order of its placeholders")
     if todo:
-        raise ValueError(f"{len(todo)} of {len(counts)} pictures have no placeholders in input_ids; pass input_ids and "
-                         f"pixel_values of one processor call")
+        raise ValueError(f"{len(todo)} of {len(counts)} {noun}s have no placeholders in input_ids; pass input_ids and "
+                         f"{pixels} of one processor call")
     return spans
 
 
-def plan(input_ids: Tensor, host_ids: Tensor, mask: Tensor | None, spans: Sequence[tuple[int, Tensor]], kept: Sequence[int],
+def plan(input_ids: Tensor, host_ids: Tensor, mask: Tensor | None, found: Sequence[Found], kept: Sequence[int | Tensor],
          side: Literal["left", "right"]) -> PromptMap | None:
-    """Drop all but the first `kept[i]` placeholders of picture i and all padding, then pad to one length on `side`.
+    """Drop the placeholders of what was reduced and all padding, then pad to one length on `side`.
 
-    `host_ids` and `mask` (B, L) are `input_ids` and its mask on the host. Placeholders are alike, so which of them stay
-    does not matter, and the plan needs no feature. None if nothing goes.
+    `host_ids` and `mask` (B, L) are `input_ids` and its mask on the host. `kept[i]` says how many of item i's placeholders
+    stay: the first ones, since placeholders are alike and which of them stay does not matter; so the plan needs no feature.
+    Where text stands between an item's placeholders it says which, (K,) int64. None if nothing goes.
     """
-    if all(k == len(columns) for k, (_, columns) in zip(kept, spans)):
+    if all((k if isinstance(k, int) else len(k)) == len(item.columns) for k, item in zip(kept, found)):
         return None
     stays = torch.ones_like(host_ids, dtype=torch.bool) if mask is None else mask.bool().clone()
-    for k, (row, columns) in zip(kept, spans):
-        stays[row, columns[k:]] = False
+    for k, item in zip(kept, found):
+        stays[item.row, item.columns] = False
+        stays[item.row, item.columns[:k] if isinstance(k, int) else item.columns[k]] = True
     prompt = PromptMap(input_ids, close_up(stays, side))
     prompt._near                                                # noqa: B018
     return prompt

@@ -24,6 +24,17 @@ _REDUCERS: dict[str, dict[str, str]] = {
         "uniform": "mmcompress.image.uniform:Uniform",
         "random": "mmcompress.image.random:Random",
     },
+    "video": {
+        "spatio_temporal_merge": "mmcompress.video.spatio_temporal_merge:SpatioTemporalMerge",
+        "holitom": "mmcompress.video.holitom:HoliTom",
+        "fastvid": "mmcompress.video.fastvid:FastVID",
+        "vidcom2": "mmcompress.video.vidcom2:VidCom2",
+        "dycoke": "mmcompress.video.dycoke:DyCoke",
+        "evs": "mmcompress.video.evs:EVS",
+        "uniform_frames": "mmcompress.video.uniform_frames:UniformFrames",
+        "frame_pool": "mmcompress.video.frame_pool:FramePool",
+        "random": "mmcompress.video.random:Random",
+    },
     "layers": {
         "fastv": "mmcompress.layers.fastv:FastV",
         "pyramid_drop": "mmcompress.layers.pyramid_drop:PyramidDrop",
@@ -35,6 +46,7 @@ SLOTS = tuple(_REDUCERS)
 SHOWN = ("layer", "keep", "stride")     # fields that are said even where they are the default
 _IS = {     # what makes an instance a reducer of a slot
     "image": ("count", "__call__"),
+    "video": ("count", "__call__"),
     "layers": ("steps",),
 }
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .layout import VideoLayout
+
 Mark = Any      # a time.perf_counter() reading, or a CUDA event
 
 
@@ -57,9 +59,11 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class ItemReport:
-    """One picture. Tokens are what the language model reads, newlines included; patches leave the newlines out.
+    """One picture or clip. Tokens are what the language model reads, newlines included; patches leave the newlines (and the
+    [CLS] tokens of frames) out.
 
-    `nominal` is what papers often call 100 %: every patch of every tile, before padding was cut, without newlines.
+    `nominal` is what papers often call 100 %: every patch of every tile or frame, before padding was cut, without newlines.
+    `frames` are the tokens that are left in each frame of a clip (merged ones stand in the frame of their representative).
     """
 
     modality: str
@@ -72,6 +76,7 @@ class ItemReport:
     newlines_after: int
     nominal: int
     merged: bool
+    frames: list[int] = field(default_factory=list)
 
     @property
     def kept(self) -> float:
@@ -130,13 +135,14 @@ class Report:
 
     def __str__(self) -> str:
         if not self.items:
-            return f"{self.reducer}: nothing was reduced (no picture in the last call)"
+            return f"{self.reducer}: nothing was reduced (no picture or clip in the last call)"
         lines = [self.reducer]
         for n, i in enumerate(self.items):
             merged = ", merged" if i.merged else ""
+            seen = f"; {sum(f > 0 for f in i.frames)} of {len(i.frames)} frames hold tokens" if i.frames else ""
             lines.append(f"  {i.modality} {n} (prompt {i.prompt}): {i.tokens_before} -> {i.tokens_after} tokens "
                          f"({i.kept:.1%}; newlines {i.newlines_before} -> {i.newlines_after}; "
-                         f"{i.kept_nominal:.1%} of {i.nominal} nominal patches{merged})")
+                         f"{i.kept_nominal:.1%} of {i.nominal} nominal patches{seen}{merged})")
         for stage in self.layers:
             lines.append(f"  from layer {stage.layer} of {self.depth}: {stage.tokens} image tokens, {stage.columns} columns")
         if self.layers:
@@ -159,13 +165,21 @@ def _size(count: int) -> str:
 
 
 def describe_item(item: Any) -> ItemReport:
-    """The report of one reduced picture; reads its indices, so it waits for the device."""
+    """The report of one reduced picture or clip; reads its indices, so it waits for the device."""
     layout, index = item.layout, item.index.cpu()
     patches = int(layout.places().is_patch[index].sum())
     return ItemReport(modality=item.modality, prompt=item.row, tokens_before=item.before, tokens_after=item.after,
                       patches_before=layout.patches, patches_after=patches, newlines_before=layout.newline_tokens,
-                      newlines_after=item.after - patches, nominal=layout.tiles * layout.thumbnail_tokens,
-                      merged=item.mass is not None)
+                      newlines_after=item.after - patches, nominal=layout.nominal, merged=item.mass is not None,
+                      frames=_frames(layout, index))
+
+
+def _frames(layout: Any, index: torch.Tensor) -> list[int]:
+    """Tokens that stand in each frame of a clip; none for a picture."""
+    if not isinstance(layout, VideoLayout):
+        return []
+    frame = layout.places().frame[index]
+    return torch.bincount(frame[frame >= 0], minlength=layout.frames).tolist()
 
 
 def describe_layers(run: Any, depth: int) -> list[LayerReport]:

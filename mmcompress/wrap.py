@@ -1,13 +1,13 @@
 """The only file that changes a model instance, and undoes it.
 
-`wrap` replaces `forward` and `generate` on the instance (never on its class). With pictures in the call they reduce
+`wrap` replaces `forward` and `generate` on the instance (never on its class). With pictures or clips in the call they reduce
 them first and hand the shorter prompt and the precomputed features to the stock methods; without, they pass through.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,10 +21,10 @@ from . import calls, registry
 from .adapters import Encoded, adapter_for
 from .compat import base_of, check_layers
 from .config import Positions, WrapConfig, build_layers
-from .errors import WrapError
+from .errors import UnsupportedModelError, WrapError
 from .flops import prefill_flops
 from .layers.run import enter_layer
-from .pipeline import Item, Run, reduce_inputs
+from .pipeline import Item, Run, captures_of, reduce_inputs
 from .prompt import PromptMap
 from .report import Report, Stopwatch, describe_item, describe_layers, kv_bytes
 
@@ -32,24 +32,26 @@ _STATE = "_mmcompress"          # the handle, in the model's __dict__
 _METHODS = ("forward", "generate")
 
 
-def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: Any = None, layers: Any = (),
+def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: Any = None, video: Any = None, layers: Any = (),
          positions: Positions | None = None) -> Wrapped:
-    """Make a LLaVA-style transformers model reduce its pictures' tokens; undo it with `remove()` or a `with` block.
+    """Make a LLaVA-style transformers model reduce its pictures' and clips' tokens; undo it with `remove()` or a `with` block.
 
     model      a transformers model of a known family, also inside PEFT or with accelerate hooks
     config     a YAML file such as "configs/globalcom2-25.yaml", instead of the keywords
     image      a reducer, its registry name, a dict {"name": ..., fields}, or a YAML file that configures one
+    video      the same for clips
     layers     reducers inside the language model, such as [FastV(2, 0.5)]; one or several, names and dicts as well
     positions  "closed" or "original"; by default what the reducer was made for, see `WrapConfig`
     """
     if isinstance(config, WrapConfig):
         chosen = config
     elif config is not None:
-        if image is not None or build_layers(layers):
-            raise ValueError("pass either a configuration file or image=... and layers=..., not both")
+        if image is not None or video is not None or build_layers(layers):
+            raise ValueError("pass either a configuration file or image=..., video=... and layers=..., not both")
         chosen = WrapConfig.load(config)
     else:
-        chosen = WrapConfig(image=_reducer(image), positions=positions, layers=build_layers(layers))
+        chosen = WrapConfig(image=_reducer("image", image), video=_reducer("video", video), positions=positions,
+                            layers=build_layers(layers))
     return Wrapped(model, chosen)
 
 
@@ -66,34 +68,41 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def compress(model: Any, inputs: Any, *, image: Any, positions: Positions | None = None) -> dict[str, Any]:
-    """The pure form: processor inputs -> inputs of the stock `forward` or `generate`, with the pictures reduced.
+def compress(model: Any, inputs: Any, *, image: Any = None, video: Any = None, positions: Positions | None = None
+             ) -> dict[str, Any]:
+    """The pure form: processor inputs -> inputs of the stock `forward` or `generate`, with pictures and clips reduced.
 
     The result holds input_ids, attention_mask and the like of the shorter prompt, and `mm_encoder_outputs` instead of
     the pixels. `generate` then returns the shorter prompt before its new tokens. With original positions it needs its cache
     (`use_cache=False` drops the mask, and transformers then reads the gaps as packed sequences; a wrapped model guards that).
+    Families that take features as one tensor (LLaVA-OneVision's clips, Video-LLaVA, InternVL) mix up the rows of a batch under
+    beams or `num_return_sequences`, where transformers repeats that tensor whole: wrap the model for those.
     """
-    if image is None:
-        raise ValueError("compress() reduces pictures before the language model: pass image=...; reducers inside it need "
-                         "wrap()")
+    if image is None and video is None:
+        raise ValueError("compress() reduces pictures and clips before the language model: pass image=... or video=...; "
+                         "reducers inside it need wrap()")
     base = base_of(model)
     adapter = adapter_for(base)
-    config = WrapConfig(image=_reducer(image), positions=positions)
-    if not adapter.has_images(inputs):
+    config = WrapConfig(image=_reducer("image", image), video=_reducer("video", video), positions=positions)
+    if not (adapter.has_images(inputs) or adapter.has_videos(inputs)):
         return dict(inputs)
-    return reduce_inputs(adapter, inputs, config).inputs
+    reduced = reduce_inputs(adapter, inputs, config).inputs
+    return {**reduced, "mm_encoder_outputs": adapter.finish(reduced["mm_encoder_outputs"])}
 
 
-def _reducer(image: Any) -> Any:
-    if isinstance(image, str) and image.endswith((".yaml", ".yml")):
-        return WrapConfig.load(image).image
-    return None if image is None else registry.build("image", image)
+def _reducer(slot: str, given: Any) -> Any:
+    if isinstance(given, str) and given.endswith((".yaml", ".yml")):
+        found = getattr(WrapConfig.load(given), slot)
+        if found is None:
+            raise ValueError(f"{given} configures no {slot} reducer; pass it as wrap(model, {given!r})")
+        return found
+    return None if given is None else registry.build(slot, given)
 
 
 class Wrapped:
-    """A model that reduces its pictures' tokens. Call it, or the model itself, as before.
+    """A model that reduces its pictures' and clips' tokens. Call it, or the model itself, as before.
 
-    `report` says what the last call saved and cost, `last` which token of each picture went where.
+    `report` says what the last call saved and cost, `last` which token of each item went where.
     """
 
     def __init__(self, model: Any, config: WrapConfig) -> None:
@@ -109,9 +118,9 @@ class Wrapped:
         self.pending: Run | None = None            # while generate runs: what its prefill is to do inside the language model
         self.only_training = False                 # evaluation mode sees all tokens, as training schedules want
         self.watch: Callable[[Run], None] | None = None        # told of every reduced call
-        self._encoded: list[tuple[Any, Encoded]] | None = None  # within encoding_shared(): pixels and what they gave
+        self._encoded: list[tuple[Any, dict[str, Encoded]]] | None = None   # within encoding_shared(): pixels, what they gave
         self._hooks: list[Any] = []
-        check_layers(base, config.steps(self.adapter.depth))
+        self._check(config)
         self.run: Run | None = None                # the record of the last reduced call
         self.ids: Tensor | None = None             # its input_ids
         self.timed: Stopwatch | None = None        # while generate runs: its forward calls are timed
@@ -126,10 +135,20 @@ class Wrapped:
 
     def configure(self, config: WrapConfig) -> None:
         """Reduce differently from the next call on, as training schedules do; caches made before stay valid."""
-        check_layers(self.model, config.steps(self.adapter.depth))
+        self._check(config)
         self.config = config
         if config.layers and not self._hooks:
             self._hook_layers()
+
+    def _check(self, config: WrapConfig) -> None:
+        steps = config.steps(self.adapter.depth)
+        check_layers(self.model, steps)
+        if steps and self.adapter.mrope:
+            raise UnsupportedModelError(f"{type(self.model).__name__}: layers=[...] does not know its multi-dimensional rotary "
+                                        f"positions; use image=... and video=...")
+        if config.video is not None and not (self.adapter.video_inputs or self.adapter.reads_clips):
+            raise UnsupportedModelError(f"{type(self.model).__name__} reads no clips, so video=... has nothing to reduce; known "
+                                        f"to read them: llava_next_video, llava_onevision, video_llava, qwen2_5_vl, internvl")
 
     def _hook_layers(self) -> None:
         for number, layer in enumerate(self.adapter.decoder_layers):
@@ -149,7 +168,7 @@ class Wrapped:
 
     @property
     def last(self) -> list[Item]:
-        """The pictures of the last reduced call: layout, index, source and mass of each."""
+        """The pictures, then the clips of the last reduced call: layout, index, source and mass of each."""
         return [] if self.run is None else self.run.items
 
     @property
@@ -175,20 +194,27 @@ class Wrapped:
                       flops_before=prefill_flops(config, run.rows, before), flops_after=prefill_flops(config, run.rows, after),
                       depth=depth, tokens_mean=sum(run.tokens_by_layer(depth)) / depth, layers=describe_layers(run, depth))
 
-    def plot(self, image: Any, item: int = 0, layer: int | None = None) -> Any:
-        """The kept tokens over the picture: a matplotlib Figure.
+    def plot(self, image: Any, item: int = 0, layer: int | None = None, **options: Any) -> Any:
+        """The kept tokens over the picture, or over a strip of a clip's frames: a matplotlib Figure.
 
-        item   numbers the pictures of the last call
-        layer  what this decoder layer still saw; None: what entered the language model
+        image    the picture; of a clip its frames: (T, H, W, 3) uint8, a list of pictures, or what `video.read` gave
+        item     numbers the pictures and clips of the last call, as `last` lists them
+        layer    what this decoder layer still saw; None: what entered the language model
+        options  of `viz.plot_strip` for clips
         """
         if not self.last:
             raise ValueError("nothing to plot: call the wrapped model with a picture first")
         if not 0 <= item < len(self.last):
             raise ValueError(f"item={item}: the last call had {len(self.last)} pictures, numbered from 0")
+        shown = self.last[item]
+        kept = shown if layer is None else shown.at(layer)
+        if shown.modality == "video":
+            from .viz.strip import plot_strip
+
+            return plot_strip(image, kept, **options)
         from .viz.overlay import plot_kept
 
-        shown = self.last[item]
-        return plot_kept(image, shown if layer is None else shown.at(layer))
+        return plot_kept(image, kept, **options)
 
     # keeping and undoing ------------------------------------------------------------------------------------------
 
@@ -244,10 +270,13 @@ class Wrapped:
     # what the replaced methods do ---------------------------------------------------------------------------------
 
     def reduces(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a call has pictures to reduce."""
-        return self.active and (self.model.training or not self.only_training) and self.adapter.has_images(kwargs)
+        """Whether a call has pictures or clips to reduce."""
+        if not self.active or (self.only_training and not self.model.training):
+            return False
+        images = (self.config.image is not None or bool(self.config.layers)) and self.adapter.has_images(kwargs)
+        return images or ((self.config.video is not None or bool(self.config.layers)) and self.adapter.has_videos(kwargs))
 
-    def start(self, kwargs: dict[str, Any], side: Any = None, encoded: Encoded | None = None) -> Run:
+    def start(self, kwargs: dict[str, Any], side: Any = None, encoded: Mapping[str, Encoded] | Encoded | None = None) -> Run:
         """Reduce a call; the handle keeps its record, not its tensors."""
         if encoded is None and self._encoded is not None:
             encoded = self._encode_once(kwargs)
@@ -269,13 +298,14 @@ class Wrapped:
         finally:
             self._encoded = None
 
-    def _encode_once(self, kwargs: dict[str, Any]) -> Encoded:
+    def _encode_once(self, kwargs: dict[str, Any]) -> dict[str, Encoded]:
         assert self._encoded is not None
-        pixels = kwargs["pixel_values"]
+        pixels = self.adapter.pixels(kwargs)
         for seen, encoded in self._encoded:
-            if seen is pixels:
+            if all(a is b for a, b in zip(seen, pixels)):
                 return encoded
-        encoded = self.adapter.encode(kwargs, self.config.captures(self.adapter.depth))
+        found = self.adapter.find(kwargs, kwargs["input_ids"].cpu())
+        encoded = self.adapter.encode_all(kwargs, found, captures_of(self.config, self.adapter))
         self._encoded.append((pixels, encoded))
         return encoded
 

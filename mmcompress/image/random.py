@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from ..ops.hashing import random_order
 from ..ops.ranking import topk_in_order
 from ..tokens import ImageReducer, Reduction, Tokens, select
 
@@ -20,9 +19,5 @@ class Random(ImageReducer):
     seed: int = 0
 
     def reduce(self, x: Tokens, k: int) -> Reduction:
-        n = x.layout.tokens
-        draw = torch.arange(n, device=x.features.device) + (self.seed * 0x9E3779B9 & 0x7FFFFFFF)
-        for shift, factor in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):    # an integer hash, 31 bits wide
-            draw = ((draw ^ (draw >> shift)) * factor) & 0x7FFFFFFF
-        index = topk_in_order((draw * n + torch.arange(n, device=draw.device))[None], k)             # no ties
+        index = topk_in_order(random_order(x.layout.tokens, self.seed, x.features.device)[None], k)
         return select(x, index.expand(len(x.features), -1))

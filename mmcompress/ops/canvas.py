@@ -56,10 +56,11 @@ def crop_mass(thumbnail: Tensor, layout: ImageLayout) -> tuple[Tensor, Tensor]:
 
 
 def crop_tokens(layout: ImageLayout, device: torch.device) -> Tensor:
-    """Unpadded tokens of each crop. (crops,) float32"""
+    """Unpadded tokens of each crop. (crops,) float32; of a resized canvas, its share of them"""
     def extent(crops: int, tile: int, valid: tuple[int, int]) -> Tensor:
         edge = (torch.arange(crops + 1, device=device) * tile).clamp(*valid)
         return edge[1:] - edge[:-1]
 
     rows, columns = (extent(g, t, v) for g, t, v in zip(layout.grid, layout.tile, (layout.rows, layout.columns)))
-    return (rows[:, None] * columns[None]).flatten().float()
+    tokens = (rows[:, None] * columns[None]).flatten().float()
+    return tokens if layout.resized is None else tokens * (layout.canvas_tokens / tokens.sum().clamp_min(1))
