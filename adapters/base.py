@@ -222,8 +222,11 @@ class Adapter(ABC):
 
     # positions of M-RoPE families ---------------------------------------------------------------------------------
 
-    def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Rotary positions (3, B, L) int64 of the full prompt on the host; families with `mrope` tell."""
+    def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rotary positions (3, B, L) int64 of the full prompt, and (B, 1) of the text that follows it; both on the host.
+
+        Families with `mrope` tell.
+        """
         raise UnsupportedModelError(f"{type(self.model).__name__} has no multi-dimensional rotary positions")
 
     @property

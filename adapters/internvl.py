@@ -19,9 +19,10 @@ class InternVLAdapter(Adapter):
     """`InternVLForConditionalGeneration`, whose processor hands over pictures and clips as one row of tiles.
 
     Which tiles are a clip's frames is read from the prompt: runs of one tile each, behind text that differs by the frame's
-    number alone, as the processor writes it. The model is not told how a picture's tiles lie on it, so every tile is reduced
-    as a picture of its own. Text between frames stays where it is, which costs one synchronisation when a clip is packed:
-    which frame a kept token belongs to is known only with the data.
+    number alone, as the processor writes it. Pictures of one tile that are numbered alike ("Image-1: ") look the same in it:
+    pass `num_frames=[]` with the call then (or the frames of each clip, `num_frames=[8, 8]`). The model is not told how a
+    picture's tiles lie on it, so every tile is reduced as a picture of its own. Text between frames stays where it is, which
+    costs one synchronisation when a clip is packed: which frame a kept token belongs to is known only with the data.
     """
 
     encoder_inputs = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
@@ -29,6 +30,10 @@ class InternVLAdapter(Adapter):
 
     def has_videos(self, inputs: Mapping[str, Any]) -> bool:
         return self.has_images(inputs)                              # only the prompt tells which they are
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        return (*super().dropped, "num_frames")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -50,14 +55,19 @@ class InternVLAdapter(Adapter):
         """Every tile of a picture and every clip, in the order of their tiles."""
         rows, columns = self.grid
         size, found, left = rows * columns, [], len(inputs["pixel_values"])
+        told = inputs.get("num_frames")
+        told = None if told is None else [int(n) for n in told]
         for row, prompt in enumerate(ids):
             runs = _runs(prompt, self.image_token_id, size, row)
-            for run in _clips(prompt.tolist(), runs, size):
+            for run in _clips(prompt.tolist(), runs, size, told):
                 places = torch.cat([torch.arange(start, end) for start, end in run])
                 if len(run) > 1:
                     found.append(Found("video", row, places, VideoLayout(frames=len(run), grid=self.grid)))
                 else:
                     found += [Found("image", row, part, ImageLayout(tile=self.grid)) for part in places.split(size)]
+        if told:
+            raise ValueError(f"num_frames: no clips of {told} frames stand in the prompts, one run of {size} placeholders a "
+                             f"frame behind text that differs by its number; list the clips in the order of the prompts")
         tiles = sum(item.layout.tiles for item in found)
         if tiles != left:
             raise ValueError(f"pixel_values hold {left} tiles where the prompts have placeholders for {tiles}; pass input_ids "
@@ -97,47 +107,50 @@ def _runs(prompt: Tensor, token_id: int, size: int, row: int) -> list[tuple[int,
             runs.append([place, place + 1])
     for start, end in runs:
         if (end - start) % size:
-            raise ValueError(f"prompt {row} has a run of {end - start} image placeholders, which is no multiple of the {size} of "
-                             f"one tile; pass input_ids as the processor wrote them")
+            raise ValueError(f"prompt {row} has a run of {end - start} image placeholders, which is no multiple of the {size} "
+                             f"of one tile; pass input_ids as the processor wrote them")
     return [(start, end) for start, end in runs]
 
 
-def _clips(prompt: list[int], runs: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
-    """Runs grouped: the frames of one clip together, a picture alone.
-
-    Frame 2 stands behind END, newline, HEAD.. 2 ..TAIL START, and frame 1 behind HEAD.. 1 ..TAIL START, where START and END
-    enclose placeholders: the two differ in one token, and later gaps in the tokens of their number.
-    """
+def _clips(prompt: list[int], runs: list[tuple[int, int]], size: int, told: list[int] | None = None
+           ) -> list[list[tuple[int, int]]]:
+    """Runs grouped: the frames of one clip together, a picture alone. `told`: frames of the next clips, taken off as found."""
     out: list[list[tuple[int, int]]] = []
     at = 0
     while at < len(runs):
-        group = [runs[at]]
-        rule = _numbering(prompt, runs[at], runs[at + 1], size) if at + 1 < len(runs) else None
-        while rule is not None and at + len(group) < len(runs):
-            here = runs[at + len(group)]
-            if here[1] - here[0] != size or not rule(prompt[group[-1][1]:here[0]]):
-                break
-            group.append(here)
-        out.append(group)
-        at += len(group)
+        n = 1
+        if told is None or told:
+            n = _frames(prompt, runs[at:], size, None if told is None else told[0])
+        if told and n > 1:
+            told.pop(0)
+        out.append(runs[at:at + n])
+        at += n
     return out
 
 
-def _numbering(prompt: list[int], first: tuple[int, int], second: tuple[int, int], size: int) -> Any:
-    """What tells the gap before a later frame of the clip that begins with these two runs; None if they begin none."""
-    gap = prompt[first[1]:second[0]]
-    label = len(gap) - 2                                            # without END and the newline
-    if first[1] - first[0] != size or second[1] - second[0] != size or not 3 <= label <= first[0]:
-        return None
-    before, after = prompt[first[0] - label:first[0]], gap[2:]
-    differ = [i for i, (a, b) in enumerate(zip(before, after)) if a != b]
-    if len(differ) != 1 or differ[0] in (0, label - 1):
-        return None
-    start, one = differ[0], before[differ[0]]
-    head, tail = gap[:2 + start], after[start + 1:]
+def _frames(prompt: list[int], runs: list[tuple[int, int]], size: int, wanted: int | None) -> int:
+    """How many of the first runs are the frames of one clip; 1 if they begin none.
 
-    def follows(between: list[int]) -> bool:
-        number = between[len(head):len(between) - len(tail)]
-        return between[:len(head)] == head and between[-len(tail):] == tail and 1 <= len(number) <= 5 and number != [one]
-
-    return follows
+    Between two frames stands END newline HEAD number TAIL START, and before the first HEAD' 1 TAIL START, where HEAD' may be
+    another token for the same letters (a word after a blank). So the number is what stands before the longest common end of
+    the two. Two runs are a clip if HEAD' is HEAD; three if the second gap has the head of the first.
+    """
+    if len(runs) < 2 or any(end - start != size for start, end in runs[:2]):
+        return 1
+    before, gap = prompt[:runs[0][0]], prompt[runs[0][1]:runs[1][0]]
+    tail = 0
+    while tail < min(len(before), len(gap)) and before[-tail - 1] == gap[-tail - 1]:
+        tail += 1
+    head = len(gap) - tail - 1                                      # END newline HEAD, in front of one number
+    if tail < 2 or head < 3 or len(before) < tail + 2:
+        return 1
+    one, n = before[-tail - 1], 2
+    while n < len(runs) and n != wanted and runs[n][1] - runs[n][0] == size:
+        between = prompt[runs[n - 1][1]:runs[n][0]]
+        number = between[head:len(between) - tail]
+        if between[:head] != gap[:head] or between[-tail:] != gap[-tail:] or not 1 <= len(number) <= 5 or number == [one]:
+            break
+        n += 1
+    if wanted is not None:
+        return n if n == wanted else 1
+    return n if n > 2 or before[-tail - 2] == gap[head - 1] else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.image_processing_utils import select_best_resolution
 
@@ -15,7 +15,8 @@ from .base import Adapter, tile_tokens
 class LlavaNextAdapter(Adapter):
     """`LlavaNextForConditionalGeneration` with any vision tower it takes."""
 
-    encoder_inputs = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    encoder_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer",
+                                                 "vision_feature_select_strategy")
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         sizes = inputs.get("image_sizes")

@@ -35,7 +35,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         """As LLaVA-NeXT's; a canvas of more than the aspect ratio's tiles is resized (`anyres_max_9`: nine tiles' worth)."""
         layout = super().layout(height, width)
         rows, columns = layout.size
-        most = int(self.config.vision_aspect_ratio.strip("anyres_max_"))
+        most = int(self.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(rows * columns / (most * layout.tile[0] ** 2))
         return replace(layout, resized=(int(rows // ratio), int(columns // ratio))) if ratio > 1.1 else layout
 

@@ -54,8 +54,17 @@ class Qwen25VLAdapter(Adapter):
         out = self.model.model.get_video_features(**named(inputs, self.video_inputs), return_dict=True)
         return Encoded(list(out.pooler_output), dict.fromkeys((*layers, *receives)))
 
-    def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Tensor:
-        """The model's own positions of the full prompt. -> (3, B, L) int64 on the host; ids and mask (B, L) there too"""
+    def positions(self, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The model's own, of the prompt with one more word, which tells where text goes on.
+
+        That is not one behind the largest position: a long clip's last frames may lie further ahead in time than the text that
+        follows, as the model lays them out. Its own `rope_deltas` take the largest, so that a second turn on a cache begins
+        elsewhere than the same turn in one prompt; here it does not.
+        """
+        ids = torch.cat([ids, torch.zeros_like(ids[:, :1])], 1)
+        ids[:, -1:] = next(i for i in range(3) if i not in self.placeholders)
+        if mask is not None:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         kinds = torch.where(ids == self.image_token_id, 1, torch.where(ids == self.video_token_id, 2, 0))
         grids = {name: torch.as_tensor(inputs[name]).cpu() for name in ("image_grid_thw", "video_grid_thw")
                  if inputs.get(name) is not None}
@@ -63,4 +72,4 @@ class Qwen25VLAdapter(Adapter):
         seconds = None if seconds is None else torch.as_tensor(seconds).cpu()
         positions, _ = self.model.model.get_rope_index(ids, mm_token_type_ids=kinds, attention_mask=mask,
                                                        second_per_grid_ts=seconds, **grids)
-        return positions
+        return positions[..., :-1], positions[0, :, -1:]

@@ -250,7 +250,7 @@ def _continue_mrope(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any],
         raise ValueError("this cache does not know where its rotary positions ended; let generate() of the wrapped model make "
                          "the first turn")
     begun = mask[:, :earlier.full].sum(1, keepdim=True) + earlier.rope_deltas.to(mask.device)           # (B, 1)
-    own = adapter.positions(new, new["input_ids"].cpu(), new["attention_mask"].cpu()).to(ids.device)
+    own, after = (x.to(ids.device) for x in adapter.positions(new, new["input_ids"].cpu(), new["attention_mask"].cpu()))
     new["position_ids"] = own + begun                                                                   # (3, B, L)
     run = later = None
     if handle.reduces(kwargs):
@@ -262,7 +262,7 @@ def _continue_mrope(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any],
         new = {k: v for k, v in new.items() if k not in adapter.dropped}
     part = later or whole(ids[:, earlier.full:])
     total = mask.sum(1, keepdim=True)
-    prompt = earlier.then(replace(part, rope_deltas=own.amax((0, 2))[:, None] + 1 + begun - total))
+    prompt = earlier.then(replace(part, rope_deltas=after + begun - total))
     call = {**new, "input_ids": prompt.select(ids, 0), "attention_mask": prompt.select(mask, 0)}
     past = positions.new_zeros(3, len(ids), earlier.reduced)            # in the cache already; only their number matters
     plain = call["attention_mask"].long().cumsum(1).sub(1).clamp_min(0)

@@ -1,4 +1,4 @@
-"""How an item's tokens lie: a picture's thumbnail and canvas, a clip's frames, a plain sequence. Known before any data is seen."""
+"""How an item's tokens lie: a picture's thumbnail and canvas, a clip's frames, a plain sequence. Known before any data."""
 
 from __future__ import annotations
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .adapters import Adapter, Captures, Encoded
 from .config import Positions, WrapConfig
+from .errors import UnsupportedModelError
 from .layers.base import Step
 from .layers.plan import LayerPlan, Span, plan_layers
 from .layers.run import LayerItem, State, take
-from .errors import UnsupportedModelError
 from .layout import SequenceLayout
 from .prompt import Found, PromptMap, as_mask, padding_side, plan
 from .report import Stopwatch
-from .tokens import ImageReducer, KeepAll, Reduction, Tokens
+from .tokens import ImageReducer, Reduction, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +138,9 @@ def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfi
         if full is not None and run.prompt is None:             # nothing went: the stock model finds its own positions
             run.inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_values_videos")}
         if full is not None and run.prompt is not None:
-            run.prompt = replace(run.prompt, rope_deltas=_rope_deltas(full, host_mask).to(input_ids.device))
-        run.inputs.update(_shortened(run, inputs, mask, found, config.positions, full))
+            tokens = input_ids.shape[1] if host_mask is None else host_mask.sum(1, keepdim=True)
+            run.prompt = replace(run.prompt, rope_deltas=(full[1] - tokens).to(input_ids.device))
+        run.inputs.update(_shortened(run, inputs, mask, found, config.positions, None if full is None else full[0]))
         if inputs.get("labels") is not None and (final := run.final(input_ids)) is not None:
             run.inputs["labels"] = final.select(inputs["labels"], -100)
         run.inputs["mm_encoder_outputs"] = adapter.outputs(
@@ -150,7 +151,8 @@ def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfi
 def captures_of(config: WrapConfig, adapter: Adapter) -> dict[str, Captures]:
     """What the reducers of a configuration read of the vision tower, by modality."""
     depth = adapter.depth
-    return {modality: Captures(config.captures(depth, modality), config.receives(depth, modality)) for modality in config.reducers}
+    return {modality: Captures(config.captures(depth, modality), config.receives(depth, modality))
+            for modality in config.reducers}
 
 
 def _needs_data(reducer: Any, item: Found) -> bool:
@@ -167,14 +169,15 @@ def _vision_state(encoded: Mapping[str, Encoded], found: Sequence[Found], items:
     return encoded[modality].state([found[i].layout for i in same], [same.index(i) for i in items])
 
 
-def _full_positions(adapter: Adapter, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Rotary positions (3, B, L) of the full prompt, on the host: the caller's, or the model's own."""
+def _full_positions(adapter: Adapter, inputs: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotary positions (3, B, L) of the full prompt and (B, 1) of what follows: the caller's or the model's. On the host."""
     given = inputs.get("position_ids")
     if given is None:
         return adapter.positions(inputs, ids, mask)
     if given.ndim != 3:
         raise ValueError(f"position_ids of shape {tuple(given.shape)}: this model's are (3, prompts, length)")
-    return given[-3:].cpu()
+    given = given[-3:].cpu()
+    return given, given.amax((0, 2))[:, None] + 1
 
 
 def _plan_layers(steps: Sequence[Step], prompt: PromptMap | None, ids: Tensor, mask: Tensor | None, found: Sequence[Found],
@@ -216,8 +219,9 @@ def _reduce(encoded: Mapping[str, Encoded], found: Sequence[Found], reducers: Ma
         groups: dict[Any, list[int]] = {}
         for i, (one, layout) in enumerate(zip(features, layouts)):
             if len(one) != layout.tokens:
-                raise ValueError(f"{'picture' if modality == 'image' else modality} {i} has {len(one)} features where its layout "
-                                 f"has {layout.tokens} tokens; pixels and sizes must come from one processor call")
+                noun = "picture" if modality == "image" else modality
+                raise ValueError(f"{noun} {i} has {len(one)} features where its layout has {layout.tokens} "
+                                 f"tokens; pixels and sizes must come from one processor call")
             groups.setdefault(layout, []).append(i)
         for layout, items in groups.items():
             asked = (None, None) if question is None else tuple(q[[same[i] for i in items]] for q in question)
@@ -277,12 +281,6 @@ def _original_positions(prompt: PromptMap, position_ids: Tensor, found: Sequence
             first = int((prompt.column[place.row] == place.columns[0]).nonzero()[0])
             out[place.row, first:first + item.after] = position_ids[place.row, place.columns.to(out.device)[item.index]]
     return out
-
-
-def _rope_deltas(full: Tensor, mask: Tensor | None) -> Tensor:
-    """How far the text behind each prompt is ahead of its number among the prompt's tokens. full (3, B, L) -> (B, 1)"""
-    tokens = torch.full((full.shape[1], 1), full.shape[2]) if mask is None else mask.sum(1, keepdim=True)
-    return full.amax((0, 2))[:, None] + 1 - tokens
 
 
 def _three_axes(prompt: PromptMap, full: Tensor, found: Sequence[Found], items: Sequence[Item]) -> Tensor:

@@ -37,7 +37,7 @@ class PromptMap:
     are those of its first placeholders, which are all alike (`Wrapped.last` says which tokens stand there). Columns that
     follow the prompt (generated tokens, later turns) map to themselves, shifted. With it a caller lays anything of the full
     prompt's shape beside the reduced logits: `w.prompt.select(labels, -100)`. `rope_deltas` (B, 1), for models with
-    multi-dimensional rotary positions (M-RoPE), is what a later text token's position is ahead of its number in the full prompt.
+    multi-dimensional rotary positions (M-RoPE), is how far a later text token's position is ahead of its number in the prompt.
     """
 
     input_ids: Tensor           # (B, L), as the caller passed them, where the caller keeps them

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .budget import check_keep, keep_count
 from .errors import SignalError
-from .layout import ImageLayout, Layout, Places, VideoLayout
+from .layout import ImageLayout as ImageLayout
+from .layout import Layout, Places, VideoLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +43,10 @@ class Tokens:
     """B pictures or clips of one layout, ready to be reduced; signals are computed when read.
 
     `features` (B, N, D) are the projected tokens in the order of the language model. `vision` holds the layers that
-    the reducer named in its `captures`; None stands for one that this tower cannot give. `question` (B, Q, D) are the input embeddings of the text that follows the
-    picture in its prompt, right-padded, `question_mask` (B, Q) bool which of them are real. Inside the language model
-    `features` are the hidden states that enter a decoder layer, and `attention` (B, N) float32 is what the prompt's
-    querying tokens pay each token, softmaxed over all they see, averaged over heads and queries.
+    the reducer named in its `captures`; None stands for one that this tower cannot give. `question` (B, Q, D) are the input
+    embeddings of the text that follows the picture in its prompt, right-padded, `question_mask` (B, Q) bool which of them are
+    real. Inside the language model `features` are the hidden states that enter a decoder layer, and `attention` (B, N)
+    float32 is what the prompt's querying tokens pay each token, softmaxed over all they see, averaged over heads and queries.
     """
 
     features: Tensor
@@ -234,8 +235,8 @@ class VideoReducer(BaseReducer):
         """What a stream needs: how much each cell is worth, judged by what came before it alone.
 
         frames (B, T, P, D), before (B, P, D): the frame in front of them, None where the clip begins; start: cells before them
-        -> worth (B, T, P), the k largest of a clip are kept, of equals the earlier; and for methods that merge the parent that a
-        cell joins if it is not kept, (B, T, P) int64, cells numbered from the first of `frames`, those of `before` from -P
+        -> worth (B, T, P), the k largest of a clip are kept, of equals the earlier; and for methods that merge the parent that
+        a cell joins if it is not kept, (B, T, P) int64, cells numbered from the first of `frames`, those of `before` from -P
         """
         raise ValueError(f"{type(self).__name__} looks at the whole clip before it keeps a token, so a stream cannot equal it; "
                          f"use SpatioTemporalMerge, EVS or Random, or reduce windows of frames")

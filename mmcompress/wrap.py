@@ -147,8 +147,8 @@ class Wrapped:
             raise UnsupportedModelError(f"{type(self.model).__name__}: layers=[...] does not know its multi-dimensional rotary "
                                         f"positions; use image=... and video=...")
         if config.video is not None and not (self.adapter.video_inputs or self.adapter.reads_clips):
-            raise UnsupportedModelError(f"{type(self.model).__name__} reads no clips, so video=... has nothing to reduce; known "
-                                        f"to read them: llava_next_video, llava_onevision, video_llava, qwen2_5_vl, internvl")
+            raise UnsupportedModelError(f"{type(self.model).__name__} reads no clips, so video=... has nothing to reduce; "
+                                        f"these do: llava_next_video, llava_onevision, video_llava, qwen2_5_vl, internvl")
 
     def _hook_layers(self) -> None:
         for number, layer in enumerate(self.adapter.decoder_layers):

@@ -13,12 +13,18 @@ from mmcompress.registry import reducer_class
 
 torch.set_num_threads(1)
 METHODS = sorted(mmcompress.available("image"))
+VIDEO_METHODS = sorted(mmcompress.available("video"))
 LAYER_METHODS = sorted(mmcompress.available("layers"))
 
 
 def reducers(keep):
     """Every registered image reducer at a keep, by name."""
     return {name: reducer_class("image", name)(keep=keep) for name in METHODS}
+
+
+def video_reducer(name, keep=0.3):
+    """A registered video reducer by name."""
+    return reducer_class("video", name)(keep=keep)
 
 
 @pytest.fixture(scope="session")

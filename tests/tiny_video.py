@@ -65,7 +65,8 @@ def _qwen2_5_vl(**options):
 def _internvl(**options):
     tower = transformers.InternVLVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
                                               image_size=[SIDE, SIDE], patch_size=[2, 2], norm_type="layer_norm")
-    config = transformers.InternVLConfig(vision_config=tower, text_config=_qwen_text(), image_token_id=IMAGE, downsample_ratio=0.5)
+    config = transformers.InternVLConfig(vision_config=tower, text_config=_qwen_text(), image_token_id=IMAGE,
+                                         downsample_ratio=0.5)
     return transformers.InternVLForConditionalGeneration._from_config(config, **options)
 
 

@@ -15,8 +15,8 @@ class FramePool(VideoReducer):
     """Average neighbouring cells into blocks that partition the clip; any budget is met exactly.
 
     axes   "time": runs of frames are averaged position by position, frames stay sharp, and only a budget below one frame
-           shrinks them; "space": every frame is shrunk alike; "both" (default): time and both sides of a frame by about the cube
-           root of the share
+           shrinks them; "space": every frame is shrunk alike; "both" (default): time and both sides of a frame by about the
+           cube root of the share
 
     `mass` is the cells in a block. Leading tokens of frames ([CLS]) are averaged over the run, and dropped first.
     """

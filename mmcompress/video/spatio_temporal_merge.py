@@ -36,8 +36,8 @@ class SpatioTemporalMerge(VideoReducer):
     motion      how many cells, up, down and sideways, content may move from frame to frame and still be followed; 0: none
     spatial     weight of a distance to a neighbour in the same frame against one in time; larger merges less within a frame;
                 None: never within a frame (then a budget below one frame merges the last cells in reading order into the first)
-    tolerance   merge whatever is nearer than this even where the budget has room for it, so that a still clip costs one frame at
-                any `keep`; the count is then an upper bound that depends on the data, which costs one host synchronisation.
+    tolerance   merge whatever is nearer than this even where the budget has room for it, so that a still clip costs one frame
+                at any `keep`; the count is then an upper bound that depends on the data, which costs one host synchronisation.
                 In units of the variance between the cells of the first frame; None: spend the whole budget
     """
 

@@ -1,4 +1,4 @@
-"""StreamingReducer: frames as they come, a fixed number of tokens, the same ones that the whole clip would be reduced to (ours)."""
+"""StreamingReducer: frames as they come, a fixed number of tokens, those that the whole clip would be reduced to (ours)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StreamingReducer:
 
     def __init__(self, reducer: Any, grid: tuple[int, int], lead: int = 0) -> None:
         if isinstance(reducer.keep, bool) or not isinstance(reducer.keep, int):
-            raise ValueError(f"keep={reducer.keep!r}: a stream has no length to take a share of; pass a count, such as keep=512")
+            raise ValueError(f"keep={reducer.keep!r}: a stream has no length to take a share of; pass a count, like keep=512")
         if getattr(reducer, "count_is_bound", False):
             raise ValueError("tolerance: a stream holds its budget; leave tolerance out")
         self.reducer, self.layout = reducer, VideoLayout(1, grid, lead)
@@ -103,7 +103,7 @@ class StreamingReducer:
         best = value.argsort(dim=1, descending=True, stable=True)[:, :k]
         is_root = torch.zeros_like(value, dtype=torch.bool).scatter(1, best, True)
         key = torch.where(is_root, index, torch.iinfo(torch.int64).max)
-        kept = key.argsort(dim=1, stable=True)[:, :k]                                                    # (B, K) ascending cells
+        kept = key.argsort(dim=1, stable=True)[:, :k]                                                   # (B, K) ascending cells
         slots = torch.arange(k, device=device).expand(batch, k)
         slot_of = torch.zeros_like(index).scatter(1, kept, slots)
         root = roots_of(pointer, is_root) if merges else torch.arange(k + p, device=device).expand(batch, -1)
