@@ -7,17 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import Reduction
-from .ranking import mask_to_index
+from .ranking import mask_to_index, ranks
 
 
 def distances(x: Tensor) -> Tensor:
     """Euclidean distances divided by sqrt(D). (..., P, D) -> (..., P, P) float32
 
-    Differences are taken before squares, without the shortcut of a matrix product: it loses small distances between large
-    tokens, and gives equal tokens distances of rounding, which would break ties by chance.
+    By a matrix product, around the mean, so that a large part which all tokens share costs no precision. Tokens nearer than
+    about a thousandth of their distance from the mean, where rounding begins, have distance 0.
     """
     x = x.detach().float()
-    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
+    x = x - x.mean(-2, keepdim=True)
+    size = torch.linalg.vector_norm(x, dim=-1)                                                       # (..., P)
+    distance = torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist")
+    distance = torch.maximum(distance, distance.transpose(-1, -2))                  # symmetric to the bit, as densities tie
+    equal = distance <= 1e-3 * (size[..., None, :] + size[..., :, None])
+    return distance.masked_fill(equal, 0) / x.shape[-1] ** 0.5
 
 
 def density_peaks(distance: Tensor, among: Tensor, neighbours: int | Tensor, most: int) -> Tensor:
@@ -26,7 +31,8 @@ def density_peaks(distance: Tensor, among: Tensor, neighbours: int | Tensor, mos
     rho = exp(-mean of the squared distances to the nearest `neighbours` tokens, the token itself among them), delta the
     distance to the nearest token of larger rho, or the largest distance where there is none. In logarithms, which keep the
     order where rho underflows: from squared distances of about 100 on, rho is 0 in float32, and from 14 on it is below the
-    noise of 1e-6 with which FastVID's and HoliTom's code settle ties. Here equal tokens are equal.
+    noise of 1e-6 with which FastVID's and HoliTom's code settle ties. Here of equal rho the earlier counts as larger, so of
+    equal tokens the first is a centre and the others come last.
 
     distance (..., P, P), among (..., P) bool the tokens that take part, neighbours an int or (...) int64 up to `most`
     """
@@ -37,7 +43,8 @@ def density_peaks(distance: Tensor, among: Tensor, neighbours: int | Tensor, mos
     near = near.topk(most, dim=-1, largest=False).values                            # values alone, so ties do not matter
     counts = (torch.arange(most, device=distance.device) < neighbours) & (near < torch.inf)
     log_rho = -torch.where(counts, near.square(), 0).sum(-1) / counts.sum(-1).clamp_min(1)           # (..., P)
-    denser = (log_rho[..., None, :] > log_rho[..., :, None]) & among[..., None, :]
+    order = ranks(log_rho)
+    denser = (order[..., None, :] < order[..., :, None]) & among[..., None, :]
     both = among[..., None, :] & among[..., :, None]
     farthest = distance.masked_fill(~both, 0).amax((-2, -1), keepdim=True)
     delta = torch.where(denser, distance, farthest).amin(-1)

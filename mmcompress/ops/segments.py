@@ -50,7 +50,7 @@ def frame_likeness(frames: Tensor) -> Tensor:
 def cell_likeness(frames: Tensor) -> Tensor:
     """Cosine of each cell to the same cell of the next frame. (B, T, P, D) -> (B, T - 1, P) float32"""
     unit = F.normalize(frames.detach().float(), dim=-1)
-    return (unit[:, :-1] * unit[:, 1:]).sum(-1)
+    return (unit[:, :-1] * unit[:, 1:]).sum(-1).clamp(-1, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +90,7 @@ def saved_by_windows(alike: Tensor) -> Tensor:
     A cell is static in a window if every frame's is alike to the next one's. alike (B, T - 1, P) bool
     -> (B, T, T) int64 at [e, w]: w times the number of static cells; 0 where the window would begin before frame 0.
     """
-    batch, changes, p = alike.shape
-    t = changes + 1
+    batch, t = len(alike), alike.shape[1] + 1
     frame = torch.arange(t, device=alike.device)
     moved = F.pad(~alike, (0, 0, 1, 0), value=True)                                                  # (B, T, P)
     run = frame[:, None] - torch.where(moved, frame[:, None], 0).cummax(1).values                    # alike for so long

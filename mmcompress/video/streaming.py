@@ -35,7 +35,7 @@ class StreamingReducer:
         if getattr(reducer, "count_is_bound", False):
             raise ValueError("tolerance: a stream holds its budget; leave tolerance out")
         self.reducer, self.layout = reducer, VideoLayout(1, grid, lead)
-        self.budget = max(reducer.keep, reducer.count(self.layout)) if reducer.keep >= self.layout.cells else reducer.keep
+        self.budget = max(reducer.keep, reducer.count(self.layout))             # EVS never holds less than a frame
         self.seen = 0                                           # frames
         self._before: Tensor | None = None                      # (B, P, D) the last frame
         self._slot = torch.empty(0)                             # (B, P) where each of its cells went
