@@ -1,4 +1,4 @@
-"""From what the command line says to a model, its processor, a prompt and a picture."""
+"""From what the command line says to a model, its processor, a prompt and a picture or a clip."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ def open_picture(path: Path) -> Any:
         raise ValueError(f"{path} is not a picture that Pillow can read") from None
 
 
-def load(model: str, device: str, dtype: str, attn: str) -> tuple[Any, Any]:
-    """-> (model in eval mode on its device, processor); raises ValueError or OSError with what is wrong."""
+def load(model: str, device: str, dtype: str, attn: str, video: bool = False) -> tuple[Any, Any]:
+    """-> (model in eval mode on its device, processor); raises ValueError or OSError with what is wrong.
+
+    video   whether clips are asked about: 'pico' has a model for pictures and one that reads clips too
+    """
     import huggingface_hub
     import transformers
 
@@ -45,7 +48,7 @@ def load(model: str, device: str, dtype: str, attn: str) -> tuple[Any, Any]:
     if model == PICO:
         from . import pico
 
-        return pico.load(kind or torch.float32, where, attn_implementation=attn)
+        return (pico.load_video if video else pico.load)(kind or torch.float32, where, attn_implementation=attn)
     kind_of_model = transformers.AutoConfig.from_pretrained(model).model_type
     if kind_of_model not in known_model_types():                        # before the weights are fetched
         raise UnsupportedModelError(f"{model} is of model_type {kind_of_model!r}, which has no adapter; known: "
@@ -56,11 +59,12 @@ def load(model: str, device: str, dtype: str, attn: str) -> tuple[Any, Any]:
     return loaded.to(where).eval(), processor
 
 
-def chat(processor: Any, question: str, images: int) -> str:
+def chat(processor: Any, question: str, images: int, videos: int = 0) -> str:
     """The prompt of a first turn, by the processor's chat template, or placeholders and the question without one."""
     if getattr(processor, "chat_template", None) is None:
-        return "<image>\n" * images + question
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+        return "<image>\n" * images + f"{getattr(processor, 'video_token', '<video>')}\n" * videos + question
+    content = [{"type": kind} for kind, count in (("image", images), ("video", videos)) for _ in range(count)]
+    content.append({"type": "text", "text": question})
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
 
 

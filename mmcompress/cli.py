@@ -1,20 +1,39 @@
-"""The command line: demo, run, list, eval pico, viz, train. Results go to stdout, progress and errors to stderr."""
+"""The command line: demo, run, list, eval, viz, train. Results go to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    pass
+from .evaluating import eval_app
+from .options import (
+    DEFAULT,
+    Attn,
+    Device,
+    Dtype,
+    End,
+    Fps,
+    Frames,
+    Json,
+    Keep,
+    Model,
+    Name,
+    Options,
+    Own,
+    Start,
+    Video,
+    Where,
+    emit,
+    from_yaml,
+    reducer_of,
+)
 
-DEFAULT = "global_rank"                 # the method of demo, eval and viz
+DEFAULTS = {"image": DEFAULT, "video": "spatio_temporal_merge"}          # of run and viz
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -44,24 +63,13 @@ def _one_line(e: Exception) -> str:
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False, help="Fewer image tokens in stock transformers models.")
-eval_app = typer.Typer(no_args_is_help=True, help="What a reducer costs in accuracy.")
+                  pretty_exceptions_enable=False, help="Fewer image and video tokens in stock transformers models.")
 app.add_typer(eval_app, name="eval")
-
-Name = Annotated[str, typer.Option("--method", help="A name that `mmcompress list` shows.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
-Keep = Annotated[str, typer.Option(help="Share of the picture's tokens in (0, 1], or a count without a dot, such as 186.")]
-Options = Annotated[list[str] | None, typer.Option("--option", help="A field of the reducer, key=value; repeatable.")]
-Model = Annotated[str, typer.Option(help="Hub id or folder of a supported checkpoint, or 'pico', which is embedded.")]
-Device = Annotated[str, typer.Option(help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', 'mps'.")]
-Dtype = Annotated[str, typer.Option(help="'auto' (the checkpoint's; float32 on a CPU), 'float32', 'bfloat16', 'float16'.")]
-Where = Annotated[str | None, typer.Option("--positions", help="'closed' or 'original'; default: what the method is made for.")]
-Attn = Annotated[str, typer.Option(help="attn_implementation: 'sdpa', 'eager', 'flash_attention_2'.")]
 
 
 @app.callback()
 def _main(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
-    """Fewer image tokens in stock transformers models."""
+    """Fewer image and video tokens in stock transformers models."""
 
 
 @app.command()
@@ -98,43 +106,37 @@ def _marked(answer: str, truth: str) -> str:
 
 
 @app.command()
-def run(model: Model, image: Annotated[list[Path], typer.Option(help="A picture; repeatable.")],
-        prompt: Annotated[str, typer.Option(help="The question, without image placeholders.")],
-        image_reducer: Annotated[str | None, typer.Option(help="As `mmcompress list` shows; default global_rank.")] = None,
+def run(model: Model, prompt: Annotated[str, typer.Option(help="The question, without placeholders of pictures and clips.")],
+        image: Annotated[list[Path] | None, typer.Option(help="A picture; repeatable.")] = None, video: Video = None,
+        frames: Frames = None, fps: Fps = None, start: Start = None, end: End = None,
+        image_reducer: Annotated[str | None, typer.Option(
+            help="As `mmcompress list` shows, or as YAML: '{name: globalcom2, keep: 0.5}'; default global_rank.")] = None,
+        video_reducer: Annotated[str | None, typer.Option(
+            help="The same for the clip; default spatio_temporal_merge. With one of the two, only that is reduced.")] = None,
         layers: Annotated[str | None, typer.Option(
             help="Reducers inside the language model, as YAML: fastv, or '{name: fastv, layer: 2, keep: 0.5}'.")] = None,
-        keep: Annotated[str | None, typer.Option(help="A share in (0, 1], or a count without a dot; default 0.25.")] = None,
-        option: Options = None,
-        config: Annotated[Path | None, typer.Option(help="A YAML file instead of the reducer's options.")] = None,
+        keep: Own = None, option: Options = None,
+        config: Annotated[Path | None, typer.Option(help="A YAML file instead of the reducers and their options.")] = None,
         positions: Where = None, max_new_tokens: int = 128, device: Device = "auto", dtype: Dtype = "auto", attn: Attn = "sdpa",
-        plot: Annotated[Path | None, typer.Option(help="Write the kept tokens of the first picture here.")] = None,
+        plot: Annotated[Path | None, typer.Option(help="Write the kept tokens of the clip, else of the first picture.")] = None,
         as_json: Json = False) -> None:
-    """Ask a checkpoint about pictures with fewer image tokens; print the answer and what it saved."""
-    import yaml
-
-    from .checkpoint import chat, load, open_picture
+    """Ask a checkpoint about pictures and a clip with fewer of their tokens; print the answer and what it saved."""
+    from .asking import ask, open_shown
+    from .checkpoint import load
     from .config import WrapConfig, build_layers
-    from .wrap import wrap
 
-    if config is not None and (image_reducer, layers, keep, option, positions) != (None, None, None, None, None):
-        raise ValueError("pass either --config or --image-reducer, --layers, --keep, --option and --positions, not both")
-    alone = layers is not None and (image_reducer, keep, option) == (None, None, None)
+    given = {"image": image_reducer, "video": video_reducer}
+    if config is not None and (*given.values(), layers, keep, option, positions) != (None,) * 6:
+        raise ValueError("pass either --config or --image-reducer, --video-reducer, --layers, --keep, --option and "
+                         "--positions, not both")
+    shown = open_shown(image or (), video, frames, fps, start, end)
     chosen = WrapConfig.load(config) if config is not None else WrapConfig(
-        image=None if alone else reducer_of(image_reducer or DEFAULT, keep or "0.25", option),
-        layers=build_layers(yaml.safe_load(layers) if layers else ()), positions=cast("Any", positions))
-    pictures = [open_picture(path) for path in image]
-    loaded, processor = load(model, device, dtype, attn)
-    inputs = processor(images=pictures, text=chat(processor, prompt, len(pictures)), return_tensors="pt")
-    with wrap(loaded, chosen) as w:
-        ids = w.generate(**inputs.to(loaded.device, loaded.dtype), max_new_tokens=max_new_tokens, do_sample=False)
-        report = w.report
-        if plot is not None:
-            from .viz import save
-
-            save(w.plot(pictures[0]), plot)
-    answer = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+        **reducers_of(given, shown.slots, keep, option, default=layers is None or (keep, option) != (None, None)),
+        layers=build_layers(from_yaml("--layers", layers) if layers else ()), positions=cast("Any", positions))
+    loaded, processor = load(model, device, dtype, attn, video=video is not None)
+    answer, report = ask(loaded, processor, shown, prompt, chosen, max_new_tokens, plot)
     if as_json:
-        return emit({"model": model, "prompt": prompt, "answer": answer, "report": report.to_dict(),
+        return emit({"model": model, "prompt": prompt, "answer": answer, "clip": shown.clip_facts(), "report": report.to_dict(),
                      "plot": None if plot is None else str(plot)})
     print(f"{answer}\n\n{report}" + ("" if plot is None else f"\n{plot}"))
 
@@ -153,106 +155,32 @@ def list_methods(markdown: Annotated[bool, typer.Option("--markdown", help="The 
     Console().print(methods_shown(methods()))
 
 
-@eval_app.command("pico")
-def eval_pico(methods: Annotated[str, typer.Option(
-                  help="Names or 'all' (image reducers) or 'layers', by commas; options as fastv:layer=2")] = DEFAULT,
-              keep: Annotated[str, typer.Option(help="Budgets, comma-separated.")] = "0.1,0.25,0.5",
-              n: Annotated[int, typer.Option(help="Questions.")] = 500, seed: str = "eval", positions: Where = None,
-              out: Annotated[Path, typer.Option(help="Folder for the CSV and the plot.")] = Path("out/eval-pico"),
-              against: Annotated[str | None, typer.Option(help="Also show paired differences to this method.")] = None,
-              model_path: Annotated[str, typer.Option("--model", help="'pico', or a folder of `mmcompress train`.")] = "pico",
-              batch: int = 16, device: Device = "auto", dtype: Dtype = "auto", as_json: Json = False) -> None:
-    """Accuracy of the embedded model on fresh scenes under each method and budget, with 95 % intervals.
-
-    Tokens are what a decoder layer reads, averaged over the layers. Methods without a keep run once, as their options say.
-    """
-    from .checkpoint import device_name, load
-    from .config import WrapConfig
-    from .eval import ALL_TOKENS, evaluate, write_csv
-    from .registry import available
-    from .tables import accuracies, differences
-    from .viz import plot_pareto, save
-
-    model, processor = load(model_path, device, dtype, "sdpa")
-    depth = model.config.get_text_config().num_hidden_layers
-    reducers: dict[str, Any] = {ALL_TOKENS: None}
-    groups = {"all": available("image"), "layers": [m for m in available("layers") if m != "in_layer"]}
-    for method in [m for part in _split(methods) for m in groups.get(part, [part])]:
-        name, *options = _split(method, ":")
-        if name in available("layers"):
-            reducers.update(_layer_configs(method, name, options, _split(keep), depth))
-            continue
-        reducers.update({f"{method}@{k}": WrapConfig(image=reducer_of(name, k, options), positions=cast("Any", positions))
-                         for k in _split(keep)})
-    if against is not None and not any(label.partition("@")[0] == against for label in reducers):
-        raise ValueError(f"--against {against}: not among --methods {methods}")
-    rows = evaluate(model, processor, reducers, n, seed, batch)
-    write_csv(rows, out / "pico.csv", device=device_name(model), seed=seed)
-    kinds = [k for k in ("cards", "receipt") if any(r.kind == k for r in rows)]
-    save(plot_pareto(rows, kinds), out / "pico.png")
-    files = [str(out / "pico.csv"), str(out / "pico.png")]
-    if as_json:
-        return emit({"rows": [r.to_dict() for r in rows], "seed": seed, "device": device_name(model), "files": files})
-    print(f"exact answers in % and 95 % interval, pico ({device_name(model)})")
-    Console().print(accuracies(rows))
-    if against is not None:
-        print(f"\npoints ahead of {against} on the same questions, with 95 % intervals")
-        Console().print(differences(rows, against))
-    print("", *files, sep="\n")
-
-
-def _layer_configs(method: str, name: str, options: list[str], keeps: list[str], depth: int) -> dict[str, Any]:
-    """Label -> configuration of a layer reducer at each budget, or once if it has no keep of its own."""
-    from dataclasses import fields
-
-    from . import registry
-    from .config import WrapConfig
-
-    cls: Any = registry.reducer_class("layers", name)
-    if any(f.name == "keep" for f in fields(cls)):
-        return {f"{method}@{k}": WrapConfig(layers=(reducer_of(name, k, options, "layers"),)) for k in keeps}
-    if not options and hasattr(cls, "for_depth"):
-        return {method: WrapConfig(layers=(cls.for_depth(depth),))}
-    return {method: WrapConfig(layers=(reducer_of(name, None, options, "layers"),))}
-
-
-def _split(text: str, at: str = ",") -> list[str]:
-    """Split at a character, but not within brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == at and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
-
-
 @app.command()
-def viz(image: Annotated[Path, typer.Option(help="A picture.")], out: Annotated[Path, typer.Option(help="The PNG to write.")],
-        method: Name = DEFAULT, keep: Keep = "0.25",
-        option: Options = None, model: Model = "pico",
+def viz(out: Annotated[Path, typer.Option(help="The PNG to write.")],
+        image: Annotated[Path | None, typer.Option(help="A picture.")] = None, video: Video = None,
+        frames: Frames = None, fps: Fps = None, start: Start = None, end: End = None,
+        method: Annotated[str | None, typer.Option(
+            help="As `mmcompress list` shows; default global_rank, and spatio_temporal_merge for a video.")] = None,
+        keep: Own = None, option: Options = None, model: Model = "pico",
         prompt: Annotated[str, typer.Option(help="For methods that read the question.")] = "describe the picture.",
         device: Device = "auto", dtype: Dtype = "auto", attn: Attn = "sdpa", as_json: Json = False) -> None:
-    """Draw which tokens of a picture a method keeps; the language model does not run."""
-    import torch
-
-    from .adapters import adapter_for
-    from .checkpoint import chat, load, open_picture
+    """Draw which tokens of a picture or a clip a method keeps; the language model does not run."""
+    from .asking import draw, open_shown, reduced
+    from .checkpoint import load
     from .config import WrapConfig
-    from .pipeline import reduce_inputs
     from .registry import label
-    from .viz import plot_kept, save
 
-    picture, reducer = open_picture(image), reducer_of(method, keep, option)
-    loaded, processor = load(model, device, dtype, attn)
-    inputs = processor(images=[picture], text=chat(processor, prompt, 1), return_tensors="pt")
-    with torch.inference_mode():
-        done = reduce_inputs(adapter_for(loaded), inputs.to(loaded.device, loaded.dtype), WrapConfig(image=reducer))
-    [item] = done.items
-    save(plot_kept(picture, item), out)
+    if image is not None and video is not None:
+        raise ValueError("--image and --video: one is drawn at a time; pass one of them")
+    shown = open_shown([] if image is None else [image], video, frames, fps, start, end)
+    [slot] = shown.slots
+    reducer = reducer_of(method or DEFAULTS[slot], keep, option, slot)
+    loaded, processor = load(model, device, dtype, attn, video=video is not None)
+    item = reduced(loaded, processor, shown, prompt, WrapConfig(**{slot: reducer}))
+    draw(shown, item, out)
     if as_json:
-        return emit({"reducer": repr(reducer), "tokens_before": item.before, "tokens_after": item.after, "files": [str(out)]})
+        return emit({"reducer": repr(reducer), "tokens_before": item.before, "tokens_after": item.after,
+                     "clip": shown.clip_facts(), "files": [str(out)]})
     print(f"{label(reducer)}: {item.before} -> {item.after} tokens\n{out}")
 
 
@@ -283,32 +211,30 @@ def train(recipe: Annotated[Path, typer.Argument(help="A YAML file such as confi
 # what the commands share
 
 
-def emit(result: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+def reducers_of(given: dict[str, str | None], slots: tuple[str, ...], keep: str | None, options: list[str] | None,
+                default: bool) -> dict[str, Any]:
+    """Slot -> reducer from what the command line says of each slot: a name, a YAML mapping, or None.
 
-
-def parse_keep(text: str) -> float | int:
-    """"0.25" -> a share, "186" -> a count; raises ValueError on anything else."""
-    try:
-        return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
-    except ValueError:
-        raise ValueError(f"--keep {text}: a share such as 0.25, or a count such as 186") from None
-
-
-def reducer_of(name: str, keep: str | None, options: list[str] | None = None, slot: str = "image") -> Any:
-    """A registered reducer from what the command line says; values of options are read as YAML."""
-    import yaml
-
+    slots     what there is to reduce
+    keep      of the reducers that are named; `options` of the only one that is
+    default   where no slot is given, take each one's default
+    """
     from . import registry
 
-    fields: dict[str, Any] = {} if keep is None else {"keep": parse_keep(keep)}
-    for option in options or ():
-        key, equals, value = option.partition("=")
-        if not equals or not key or key in ("name", "keep"):
-            raise ValueError(f"--option {option}: key=value with a field of the reducer; the budget is --keep")
-        fields[key] = yaml.safe_load(value)
-    return registry.build(slot, {"name": name, **fields})
+    for slot, text in given.items():
+        if text is not None and slot not in slots:
+            raise ValueError(f"--{slot}-reducer {text}: there is nothing to reduce without --{slot}")
+    said = {slot: from_yaml(f"--{slot}-reducer", text) for slot, text in given.items() if text is not None}
+    if not said and default:
+        said = {slot: DEFAULTS[slot] for slot in slots}
+    named = [slot for slot, value in said.items() if isinstance(value, str)]
+    if options and len(named) > 1:
+        raise ValueError(f"--option {options[0]}: of the image or of the video reducer? Write them as YAML, such as "
+                         f"--video-reducer '{{name: {said['video']}, keep: 0.25}}'")
+    if said and not named and (keep or options):
+        raise ValueError("--keep and --option are for reducers given by name; write them into the YAML")
+    return {slot: reducer_of(value, keep, options, slot) if slot in named else registry.build(slot, value)
+            for slot, value in said.items()}
 
 
 def main() -> None:

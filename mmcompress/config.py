@@ -36,6 +36,9 @@ class WrapConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        for slot in ("image", "video"):
+            if isinstance(given := getattr(self, slot), (str, dict)):
+                object.__setattr__(self, slot, registry.build(slot, given))
         if self.image is None and self.video is None and not self.layers:
             raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25), video=... or "
                              "layers=[...]")

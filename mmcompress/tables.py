@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -12,13 +13,19 @@ if TYPE_CHECKING:
     from .eval import Row
 
 
-def methods_shown(found: list[Method]) -> Table:
-    table = Table(show_lines=True)
-    for name in ("slot", "name", "class", "what it is", "options"):
-        table.add_column(name, no_wrap=name in ("slot", "name", "class"))
+def methods_shown(found: list[Method]) -> Group:
+    """One table a slot; class names are in the Markdown table."""
+    return Group(*(_slot_shown(slot, [m for m in found if m.slot == slot]) for slot in dict.fromkeys(m.slot for m in found)))
+
+
+def _slot_shown(slot: str, found: list[Method]) -> Table:
+    table = Table(show_lines=True, expand=True, title=f"slot: {slot}", title_justify="left", title_style="bold")
+    table.add_column("name", no_wrap=True, width=21)
+    table.add_column("what it is", ratio=1)
+    table.add_column("options", width=21, overflow="fold")
     for m in found:
-        table.add_row(m.slot, f"[bold]{m.name}[/bold]", m.target.partition(":")[2], m.about.replace("[", "\\["),
-                      "\n".join(f"{k}={v!r}" for k, v in m.options.items()))
+        options = "\n".join(f"{k}={v!r}" for k, v in m.options.items())
+        table.add_row(f"[bold]{m.name}[/bold]", m.about.replace("[", "\\["), options)
     return table
 
 

@@ -10,7 +10,8 @@ from .figure import INK, new_figure, quiet
 COLORS = ("#e4572e", "#1f6fb2", "#2a9d63", "#8e5bb5", "#c79100", "#17a2a2", "#a14a6b", "#5b6b7a", "#7a5c3e", "#3d405b")
 MARKERS = "osD^vPXd<>"
 TITLES = {"all": "all questions", "cards": "cards: most of the picture is empty",
-          "receipt": "receipts: most of the picture matters"}
+          "receipt": "receipts: most of the picture matters", "order": "order: what came first, next, last",
+          "count": "count: how many at the start, at the end", "change": "change: what turned, from what, to what"}
 
 
 def plot_pareto(rows: Sequence[Any], kinds: Sequence[str] = ("cards", "receipt"), log: bool = True) -> Any:
