@@ -20,12 +20,12 @@ __version__ = version("mmcompress")
 
 __all__ = [
     "ImageLayout", "ImageReducer", "Layout", "Reducer", "Reduction", "Report", "SignalError", "Tokens",
-    "UnsupportedModelError", "WrapConfig", "WrapError", "Wrapped", "available", "compress", "from_pretrained",
+    "UnsupportedModelError", "VideoLayout", "VideoReducer", "WrapConfig", "WrapError", "Wrapped", "available", "compress", "from_pretrained",
     "register", "select", "unwrap", "wrap",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("adapters", "eval", "image", "layers", "pico", "train", "video", "viz"):     # import mmcompress; mmcompress.pico.load()
+    if name in ("adapters", "eval", "image", "layers", "pico", "train", "video", "viz"):        # mmcompress.pico.load()
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,3 +11,7 @@ class WrapError(RuntimeError):
 
 class UnsupportedModelError(ValueError):
     """There is no adapter for this model, or the installed transformers lacks what the adapter needs."""
+
+
+class VideoError(ValueError):
+    """A video file cannot be read as asked: missing, damaged, no video in it, or a range or count that it does not have."""

@@ -91,7 +91,7 @@ def test_markdown_is_a_table_of_every_method():
 
 @pytest.mark.parametrize("text,value", [("0.25", 0.25), ("186", 186), ("1.0", 1.0), ("1", 1), ("1e-1", 0.1)])
 def test_keep(text, value):
-    assert options.parse_keep(text) == value and type(cli.parse_keep(text)) is type(value)
+    assert options.parse_keep(text) == value and type(options.parse_keep(text)) is type(value)
 
 
 def test_options_become_fields():

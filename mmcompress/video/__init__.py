@@ -3,13 +3,22 @@
 from importlib import import_module
 from typing import Any
 
-_WHERE = {"Clip": "reading", "read": "reading", "EVS": "evs", "DyCoke": "dycoke", "FastVID": "fastvid", "HoliTom": "holitom",
-          "VidCom2": "vidcom2", "FramePool": "frame_pool", "Random": "random", "UniformFrames": "uniform_frames",
-          "SpatioTemporalMerge": "spatio_temporal_merge", "StreamingReducer": "streaming"}
-__all__ = sorted(_WHERE)
+from .dycoke import DyCoke
+from .evs import EVS
+from .fastvid import FastVID
+from .frame_pool import FramePool
+from .holitom import HoliTom
+from .random import Random
+from .spatio_temporal_merge import SpatioTemporalMerge
+from .streaming import StreamingReducer
+from .uniform_frames import UniformFrames
+from .vidcom2 import VidCom2
+
+__all__ = ["EVS", "Clip", "DyCoke", "FastVID", "FramePool", "HoliTom", "Random", "SpatioTemporalMerge", "StreamingReducer",
+           "UniformFrames", "VidCom2", "read"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    if name in ("Clip", "read"):                        # numpy alone until a file is opened
+        return getattr(import_module(f"{__name__}.reading"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
