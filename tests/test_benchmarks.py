@@ -22,8 +22,8 @@ def scripts(monkeypatch):
     """Import the scripts as `python benchmarks/x.py` does: their folder comes first."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("common", "ttft", "selection", "layer_parity", "parity",
-                                                                           "schedules", "consistency")]:
+    ours = {path.stem for path in BENCHMARKS.glob("*.py")} | {"parity"}
+    for name in [n for n in sys.modules if n.partition(".")[0] in ours]:
         del sys.modules[name]
 
 
@@ -493,3 +493,63 @@ def test_consistency_of_a_model_with_itself_is_no_difference(tmp_path):
     assert [(r["reducer"], r["kind"]) for r in rows] == [(c, k) for c in ("GlobalRank(0.1)", "FastV(2, 0.25)")
                                                         for k in ("all", "cards", "receipt")]
     assert all(r["before"] == r["after"] and float(r["difference"]) == 0 for r in rows) and rows[0]["n"] == "16"
+
+
+def test_video_cost_writes_a_row_a_case_and_sees_how_it_grows(tmp_path):
+    cost = importlib.import_module("video_cost")
+    out, plot = tmp_path / "cost.csv", tmp_path / "cost.png"
+    arguments = ["--frames", "2", "4", "--width", "8", "--method", "evs", "--repeats", "1", "--device", "cpu"]
+    assert cost.main([*arguments, "--out", str(out), "--plot", str(plot)]) == 0
+    rows = read(out)
+    assert [(r["method"], r["frames"], r["tokens"], r["kept"]) for r in rows] == [("evs", "2", "392", "196"),
+                                                                                 ("evs", "4", "784", "196")]
+    assert all(float(r["ms"]) > 0 and float(r["peak_mib"]) >= 0 for r in rows) and plot.stat().st_size > 10_000
+    square = [{"method": "m", "frames": f, "ms": 0.1 * f * f, "peak_mib": 3.0 * f} for f in (32, 64, 128, 256)]
+    [growth] = cost.exponents(square)
+    assert growth["time"] == pytest.approx(2) and growth["memory"] == pytest.approx(1)
+
+
+def test_video_cost_compares_with_the_prefill_it_saves(tmp_path, monkeypatch):
+    cost = importlib.import_module("video_cost")
+    from transformers import LlamaConfig, LlamaModel
+    small = LlamaModel(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                   num_key_value_heads=1, vocab_size=8)).eval()
+    monkeypatch.setattr(cost, "language_model", lambda *_: small)
+    out = tmp_path / "prefill.csv"
+    assert cost.main(["--prefill", "4", "--small", "--method", "evs", "random", "--repeats", "1", "--device", "cpu",
+                      "--out", str(out)]) == 0
+    for row in read(out):
+        saved = float(row["prefill_ms"]) - float(row["prefill_kept_ms"])
+        assert float(row["cost"]) == pytest.approx(float(row["reduce_ms"]) / saved, rel=1e-2)
+        assert row["tokens"] == "784" and row["kept"] == {"evs": "196", "random": "78"}[row["method"]]
+
+
+def test_video_parity_needs_a_checkout_and_counts_what_differs(tmp_path, monkeypatch, capsys):
+    parity = importlib.import_module("video_parity")
+    with pytest.raises(SystemExit):
+        parity.main(["--authors", str(tmp_path)])
+    assert "holds none of VidCom2, DyCoke" in capsys.readouterr().err
+    module = importlib.import_module("parity.video_dycoke")
+    (tmp_path / "DyCoke").mkdir()
+    rows = [{"method": "DyCoke", "identical": True, "difference": 1e-7}, {"method": "DyCoke", "identical": False, "tied": True}]
+    monkeypatch.setattr(module, "cases", lambda authors, seeds: rows)
+    out = tmp_path / "parity.csv"
+    assert parity.main(["--authors", str(tmp_path), "--methods", "dycoke", "--out", str(out)]) == 0
+    rows.append({"method": "DyCoke", "identical": False})
+    assert parity.main(["--authors", str(tmp_path), "--methods", "dycoke", "--out", str(out)]) == 1        # one that is no tie
+    [row] = read(out)
+    assert (row["cases"], row["identical"], row["tied"], row["another"]) == ("3", "1", "1", "1")
+
+
+def test_video_parity_sees_another_selection(tmp_path):
+    """A stand-in for a checkout whose function keeps the first cells of every frame: no case may come out identical."""
+    folder = tmp_path / "DyCoke" / "llava" / "model"
+    folder.mkdir(parents=True)
+    (folder / "llava_arch.py").write_text(
+        "def dycole_ttm(x, n=196, k=0.7):\n"
+        "    frames = list(x.split(n))\n"
+        "    m = int((1 - k) * n)\n"
+        "    return torch.cat([f if i % 4 == 0 else f[:m] for i, f in enumerate(frames)])\n")
+    importlib.import_module("video_parity")
+    rows = importlib.import_module("parity.video_dycoke").cases(tmp_path, 1)
+    assert rows and not any(row["identical"] or row["tied"] for row in rows)

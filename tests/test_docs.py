@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import LAYER_METHODS, METHODS
+from conftest import LAYER_METHODS, METHODS, VIDEO_METHODS
 
 import mmcompress
 from mmcompress.docs import accuracy_table, budget_table, methods, methods_table
@@ -30,8 +30,17 @@ def test_the_page_on_layers_holds_what_was_measured():
         assert (ROOT / "docs" / path).exists(), path
 
 
+def test_the_page_on_clips_holds_what_was_measured():
+    page, rows = (ROOT / "docs" / "video.md").read_text(), ROOT / "benchmarks" / "results" / "clips.csv"
+    assert budget_table(rows, ("all", "order", "count", "change")) in page
+    assert accuracy_table(rows, ("all",)) in README
+    for path in re.findall(r"\]\(([^)#:]+)\)", page):
+        assert (ROOT / "docs" / path).exists(), path
+
+
 def test_the_table_covers_the_registry():
     assert sorted(m.name for m in methods() if m.slot == "image") == METHODS
+    assert sorted(m.name for m in methods() if m.slot == "video") == VIDEO_METHODS
     assert sorted(m.name for m in methods() if m.slot == "layers") == LAYER_METHODS
     for m in methods():
         assert m.about.endswith(".") and (m.slot != "image" or m.options["keep"] == 0.25)
@@ -92,7 +101,7 @@ def test_the_method_of_contributing_works_as_it_stands():
 def test_public_names():
     for name in mmcompress.__all__:
         assert getattr(mmcompress, name) is not None
-    assert len(mmcompress.__all__) <= 20
+    assert len(mmcompress.__all__) <= 22
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mmcompress.nothing  # noqa: B018
 
