@@ -20,8 +20,8 @@ __version__ = version("mmcompress")
 
 __all__ = [
     "ImageLayout", "ImageReducer", "Layout", "Reducer", "Reduction", "Report", "SignalError", "Tokens",
-    "UnsupportedModelError", "VideoLayout", "VideoReducer", "WrapConfig", "WrapError", "Wrapped", "available", "compress", "from_pretrained",
-    "register", "select", "unwrap", "wrap",
+    "UnsupportedModelError", "VideoLayout", "VideoReducer", "WrapConfig", "WrapError", "Wrapped", "available", "compress",
+    "from_pretrained", "register", "select", "unwrap", "wrap",
 ]
 
 

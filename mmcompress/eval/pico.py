@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -36,13 +37,13 @@ ODD = 0.1                                                                       
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A picture, something to ask about it and the one right answer."""
+    """A picture or clip, something to ask about it and the one right answer."""
 
-    image: Any                  # PIL
-    kind: str                   # "cards" or "receipt"
+    image: Any                  # PIL; a clip's frames (T, H, W, 3) uint8
+    kind: str                   # "cards" or "receipt"; of a clip "order", "count" or "change"
     question: str
     answer: str
-    size: tuple[int, int]       # height, width in pixels
+    size: tuple[int, ...]       # height, width in pixels; of a clip frames, height, width
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,13 @@ class Row:
 
     method: str
     keep: float | int           # as asked; NaN if the reducer has no such field
-    kind: str                   # "all", "cards", "receipt"
+    kind: str                   # "all", "cards", "receipt"; of clips "all", "change", "count", "order"
     n: int
     hits: int
     accuracy: float
     low: float
     high: float
-    tokens_before: float        # of a picture, mean over the questions, newlines included
+    tokens_before: float        # of a picture or clip, mean over the questions, newlines included
     tokens_after: float         # mean over decoder layers too, where some read fewer than others
     positions: str = "closed"   # where the language model saw the kept tokens
     right: tuple[bool, ...] = field(default=(), repr=False)     # question by question, the same order for every method
@@ -104,28 +105,49 @@ def evaluate(model: Any, processor: Any, reducers: Mapping[str, Any], n: int, se
     batch      questions encoded together; they show pictures of one size
     progress   a bar on stderr if that is a terminal
     """
-    from tqdm import tqdm
-
-    if n < 1:
-        raise ValueError(f"n={n}: ask at least one question")
     model = base_of(model)
     adapter = adapter_for(model)
-    asked = {label: _config(r) for label, r in reducers.items()}
-    layers = sorted({layer for config in asked.values() for layer in config.captures(adapter.depth)})
-    counts = {label: _Counts() for label in reducers}
+    configs = {label: _config(r) for label, r in reducers.items()}
+    layers = sorted({layer for config in configs.values() for layer in config.captures(adapter.depth)})
+    return measure(model, configs, _batches(questions(_checked(n), seed), batch), n, partial(_inputs, processor),
+                   lambda inputs: adapter.encode(inputs, layers), progress)
+
+
+def _checked(n: int) -> int:
+    if n < 1:
+        raise ValueError(f"n={n}: ask at least one question")
+    return n
+
+
+@torch.inference_mode()
+def measure(model: Any, configs: Mapping[str, WrapConfig], batches: Iterable[Sequence[Question]], n: int,
+            inputs_of: Callable[[Sequence[Question]], Any], encode: Callable[[Any], Any], progress: bool) -> list[Row]:
+    """Exact match of whole answers, as `evaluate` says. -> one Row per configuration and kind
+
+    batches     n questions in all; those of a batch show pictures or clips of one size
+    inputs_of   a batch of questions -> what the processor makes of them, with labels (B, L)
+    encode      such inputs -> what `Wrapped.start` takes as `encoded`; called once a batch, for all configurations
+    """
+    from tqdm import tqdm
+
+    counts = {label: _Counts() for label in configs}
     with tqdm(total=n, unit="question", disable=None if progress else True) as bar, \
             Wrapped(model, WrapConfig(image=KeepAll())) as handle:
-        for number, some in enumerate(_batches(questions(n, seed), batch)):
-            inputs = _inputs(processor, some).to(model.device, model.dtype)
-            encoded = adapter.encode(inputs, layers)
-            for label, config in asked.items():
-                if hasattr(config.image, "seed"):
-                    config = replace(config, image=replace(config.image, seed=number))
-                handle.configure(config)
+        for number, some in enumerate(batches):
+            inputs = inputs_of(some).to(model.device, model.dtype)
+            encoded = encode(inputs)
+            for label, config in configs.items():
+                handle.configure(_reseeded(config, number))
                 counts[label].add(some, *_hits(handle, inputs, encoded))
             bar.update(len(some))
-    return [row for label, config in asked.items()
+    return [row for label, config in configs.items()
             for row in counts[label].rows(label.partition("@")[0], _keep_of(config), config.positions)]
+
+
+def _reseeded(config: WrapConfig, number: int) -> WrapConfig:
+    """The configuration for one batch: a reducer with a field `seed` gets the batch's number."""
+    slots = {slot: getattr(config, slot) for slot in ("image", "video")}
+    return replace(config, **{slot: replace(r, seed=number) for slot, r in slots.items() if hasattr(r, "seed")})
 
 
 def _config(reducer: Any) -> WrapConfig:
@@ -138,7 +160,7 @@ def _config(reducer: Any) -> WrapConfig:
 
 def _keep_of(config: WrapConfig) -> float | int:
     """The budget in a row's column `keep`: the first reducer's that has one."""
-    return next((r.keep for r in (config.image, *config.layers) if hasattr(r, "keep")), math.nan)
+    return next((r.keep for r in (config.image, config.video, *config.layers) if hasattr(r, "keep")), math.nan)
 
 
 def _batches(asked: Sequence[Question], batch: int) -> Iterator[list[Question]]:
@@ -148,11 +170,16 @@ def _batches(asked: Sequence[Question], batch: int) -> Iterator[list[Question]]:
         yield from (same[i:i + batch] for i in range(0, len(same), batch))
 
 
-def _inputs(processor: Any, some: Sequence[Question]) -> Any:
-    """What the processor makes of prompts with their answers, padded on the right; labels (B, L) are -100 outside answers."""
+def _inputs(processor: Any, some: Sequence[Question], videos: bool = False) -> Any:
+    """What the processor makes of prompts with their answers, padded on the right; labels (B, L) are -100 outside answers.
+
+    videos   the questions are about clips
+    """
     answers = [f" {q.answer}</s>" for q in some]
-    inputs = processor(images=[q.image for q in some], text=[prompt(q.question) + a for q, a in zip(some, answers)],
-                       padding=True, padding_side="right", return_tensors="pt")
+    text = [prompt(q.question, images=not videos, videos=videos) + a for q, a in zip(some, answers)]
+    shown = [q.image for q in some]
+    inputs = processor(text=text, padding=True, padding_side="right", return_tensors="pt",
+                       **({"videos": shown} if videos else {"images": shown}))
     ids = inputs["input_ids"]
     labels = torch.full_like(ids, -100)
     for row, (answer, mask) in enumerate(zip(answers, inputs["attention_mask"])):
@@ -165,7 +192,7 @@ def _inputs(processor: Any, some: Sequence[Question]) -> Any:
     return inputs
 
 
-def _hits(handle: Wrapped, inputs: Any, encoded: Encoded) -> tuple[Tensor, list[int], list[float]]:
+def _hits(handle: Wrapped, inputs: Any, encoded: Mapping[str, Encoded] | Encoded) -> tuple[Tensor, list[int], list[float]]:
     """Which answers are right (B,) bool on the host, and tokens before and after (mean over layers) per picture."""
     run = handle.start(inputs, side="right", encoded=encoded)
     labels = run.inputs.pop("labels")
@@ -191,10 +218,8 @@ class _Counts:
     def rows(self, method: str, keep: float | int, positions: Any) -> list[Row]:
         """One row a kind; a kind that never came up has none."""
         out = []
-        for kind in ("all", "cards", "receipt"):
+        for kind in ("all", *sorted({s[0] for s in self.seen})):
             seen = [s for s in self.seen if kind in ("all", s[0])]
-            if not seen:
-                continue
             n, hits = len(seen), sum(s[1] for s in seen)
             low, high = wilson(hits, n)
             before, after = sum(s[2] for s in seen) / n, sum(s[3] for s in seen) / n

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..pico import scenes
+from ..pico import clips, scenes
 from . import blocks
 
-WORLDS: dict[str, ModuleType] = {"pico": scenes, "blocks": blocks}
+WORLDS: dict[str, ModuleType] = {"pico": scenes, "blocks": blocks, "clips": clips}
 FIELDS = {"receipt": ("word", "number"), "cards": ("color", "shape", "word", "number"), "blocks": ("color", "shape")}
 KEYS = {"receipt": ("word", "word", "number"), "cards": ("color", "color", "color", "word", "word", "number"),
         "blocks": ("color", "color", "shape")}
@@ -98,9 +98,10 @@ def pixel_values(pictures: Tensor, canvas: Canvas, tile: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """B prompts with their pictures; `to` moves the tensors.
+    """B prompts with their pictures, or clips (then without tiles and cells); `to` moves the tensors.
 
-    inputs   input_ids, attention_mask, labels (B, L) int64, image_sizes (B, 2) int64, pictures (B, height, width, 3) uint8
+    inputs   input_ids, attention_mask, labels (B, L) int64, image_sizes (B, 2) int64, pictures (B, height, width, 3) uint8;
+             of clips frames (B, T, height, width, 3) uint8 instead of the last two
     tiles    (B, 1 + n, attributes) float32: what each tile shows, multi-hot
     cells    (B, height / patch, width / patch, groups) uint8: what each patch lies on
     """
@@ -211,19 +212,25 @@ class Batches(torch.utils.data.Dataset):
         key = rng.choice(KEYS[kind])
         rest = [f for f in FIELDS[kind] if f != key]
         found = rng.sample(rest, rng.randint(1, len(rest)))
+        rows = [(o[key], " ".join(o[f] for f in found)) for o in rng.sample(objects, len(objects))]
+        return self._given("look up " + " ".join([key, *found]) + ".", rows)
+
+    def _given(self, question: str, rows: list[tuple[str, str]]) -> tuple[str, list[int], list[int]]:
+        """A turn whose answer lists (given, wanted) of each row; only what is wanted has labels."""
         ids, labels = [], []
-        for o in rng.sample(objects, len(objects)):
-            given = self._encode(" " + o[key])
-            answer = [t for f in found for t in self._encode(" " + o[f])] + self._encode(";")
+        for known, wanted in rows:
+            given = self._encode(" " + known)
+            answer = [t for word in wanted.split() for t in self._encode(" " + word)] + self._encode(";")
             ids += given + answer
             labels += [IGNORED] * len(given) + answer
         end = [self.tokenizer.eos_token_id]
-        return "look up " + " ".join([key, *found]) + ".", ids + end, labels + end
+        return question, ids + end, labels + end
 
-    def _prompt(self, turns: list[tuple[str, list[int], list[int]]], tokens: int) -> tuple[list[int], list[int]]:
-        """ids and labels of a chat about a picture of so many tokens; only answers have labels"""
-        image = self.tokenizer.convert_tokens_to_ids("<image>")
-        ids = [self.tokenizer.bos_token_id, *self._encode("USER: "), *[image] * tokens]
+    def _prompt(self, turns: list[tuple[str, list[int], list[int]]], tokens: int,
+                placeholder: str = "<image>") -> tuple[list[int], list[int]]:
+        """ids and labels of a chat about a picture or clip of so many tokens; only answers have labels"""
+        shown = self.tokenizer.convert_tokens_to_ids(placeholder)
+        ids = [self.tokenizer.bos_token_id, *self._encode("USER: "), *[shown] * tokens]
         labels = [IGNORED] * len(ids)
         for i, (question, answer, wanted) in enumerate(turns):
             asked = self._encode(("USER: " if i else "\n") + question + " ASSISTANT:")

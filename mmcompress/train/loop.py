@@ -18,6 +18,7 @@ import torch
 
 from ..flops import prefill_flops
 from .asking import ask, summarize
+from .clips import ClipBatches
 from .data import Batch, Batches, Geometry
 from .model import Learner, average_with_start, load
 from .optim import build_optimizers, rate, set_rate
@@ -113,8 +114,9 @@ class Run:
 
     def _stream(self, seed: str, batch: int, training: bool) -> Batches:
         data = self.recipe.data
-        return Batches(data.world, self.processor.tokenizer, Geometry.of(self.learner.model.config), batch, seed,
-                       self.rank if training else 0, data.canvases, data.weights, data.odd, data.mix if training else None)
+        how = (self.processor.tokenizer, Geometry.of(self.learner.model.config), batch, seed, self.rank if training else 0,
+               data.canvases, data.weights, data.odd, data.mix if training else None)
+        return ClipBatches(data.clips, *how) if data.world == "clips" else Batches(data.world, *how)
 
     def _step(self, batch: Batch) -> tuple[dict[str, torch.Tensor], float]:
         """One optimizer step. -> (losses, learning rate)"""

@@ -85,18 +85,18 @@ def build_model(recipe: Recipe, shape: ModelShape, vocabulary: int) -> Any:
 
 def load(recipe: Recipe) -> tuple[Any, Any]:
     """-> (model in float32, processor), from scratch or from `recipe.init`."""
-    from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if recipe.model is not None:
         processor = build_processor(recipe, recipe.model)
         return build_model(recipe, recipe.model, len(processor.tokenizer)), processor
-    if recipe.init == "pico":
+    if recipe.init in ("pico", "pico-video"):
         from .. import pico
 
-        model, processor = pico.load()
+        model, processor = pico.load() if recipe.init == "pico" else pico.video.build(trained=False)
     else:
-        processor = LlavaNextProcessor.from_pretrained(str(recipe.init))
-        loader: Any = LlavaNextForConditionalGeneration
+        processor = AutoProcessor.from_pretrained(str(recipe.init))
+        loader: Any = AutoModelForImageTextToText
         model = loader.from_pretrained(str(recipe.init), dtype=torch.float32)
     pinpoints = [list(p) for p in model.config.image_grid_pinpoints]
     if unknown := [list(c) for c in recipe.data.canvases if list(c) not in pinpoints]:
@@ -124,7 +124,7 @@ class Learner(nn.Module):
         self.model, self.recipe = model, recipe
         vision, world = model.config.vision_config, WORLDS[recipe.data.world]
         self.tile = vision.image_size
-        self.groups = world.CELL_GROUPS
+        self.groups = world.CELL_GROUPS if recipe.heads.cells else ()
         self.heads = nn.ModuleDict()
         if recipe.heads.cls:
             self.heads["cls"] = nn.Linear(vision.hidden_size, len(world.ATTRIBUTES))
@@ -137,7 +137,9 @@ class Learner(nn.Module):
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the stock forward takes."""
-        inputs = {k: v for k, v in batch.inputs.items() if k != "pictures"}
+        inputs = {k: v for k, v in batch.inputs.items() if k not in ("pictures", "frames")}
+        if (frames := batch.inputs.get("frames")) is not None:
+            return {**inputs, "pixel_values_videos": frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1}
         return {**inputs, "pixel_values": pixel_values(batch.inputs["pictures"], batch.canvas, self.tile)}
 
     def forward(self, batch: Batch, step: int = 0) -> dict[str, Tensor]:

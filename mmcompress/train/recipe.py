@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .clips import Clips
 from .data import WORLDS, Mix
 from .plain import from_plain, override_in, to_plain
 
@@ -90,6 +91,7 @@ class Data:
     weights: tuple[float, ...] = (1, 1, 5, 1, 1)
     odd: float = 0.15               # share of batches whose pictures are of another size: resized and padded
     mix: Mix = field(default_factory=Mix)
+    clips: Clips = field(default_factory=Clips)     # of world 'clips'
     workers: int = 0                # processes that draw; 0: the training process draws
 
     def __post_init__(self) -> None:
@@ -191,7 +193,8 @@ class Recipe:
     steps: int
     batch: int                              # pictures a step and process
     seed: int = 0
-    init: str | None = None                 # None: from scratch; 'pico': the embedded weights; else a folder or Hub id
+    init: str | None = None                 # None: from scratch; 'pico': the embedded weights; 'pico-video': the same
+                                            # in a video model; else a folder or Hub id
     average: float = 1.0                    # share of the trained weights in the final ones; the rest is init's (WiSE-FT)
     model: ModelShape | None = None         # from scratch only
     precision: str = "bf16"                 # 'bf16': autocast; 'fp32'
@@ -220,6 +223,10 @@ class Recipe:
         if self.consistency is not None and (self.heads.cls or self.heads.cells or self.schedule is not None):
             raise ValueError("consistency: set heads.cls and heads.cells to 0 and schedule to null; "
                              "its two runs are the objective")
+        for_pictures = self.model, self.heads.cls, self.heads.cells, self.schedule, self.consistency
+        if self.data.world == "clips" and any(for_pictures):
+            raise ValueError("data.world=clips: give an init such as 'pico-video' instead of a model, set heads.cls and "
+                             "heads.cells to 0, and leave out schedule and consistency, which are for pictures")
         tile = self.model.tile if self.model else 1
         if wrong := [list(c) for c in self.data.canvases if c[0] % tile or c[1] % tile]:
             raise ValueError(f"data.canvases {wrong}: both sides must be multiples of model.tile={tile}")
