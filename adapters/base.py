@@ -175,7 +175,8 @@ class Adapter(ABC):
         self._check_strategy(inputs)
         with self.capture(layers, receives, "video") as vision:
             out = self.model.model.get_video_features(**named(inputs, self.video_inputs), return_dict=True)
-        return Encoded(features=list(out.pooler_output), vision=vision, grid=self.vision_grid("video"))
+        features = [x.flatten(0, -2) for x in out.pooler_output]        # some versions keep frames and cells apart
+        return Encoded(features=features, vision=vision, grid=self.vision_grid("video"))
 
     def encode_all(self, inputs: Mapping[str, Any], found: Sequence[Found], captures: Mapping[str, Captures]
                    ) -> dict[str, Encoded]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mmcompress.compat import pictures_argument
 from mmcompress.tokens import ImageLayout, VideoLayout
 
 from .base import Adapter, Encoded, one_tensor, tile_tokens
@@ -22,8 +23,20 @@ class VideoLlavaAdapter(Adapter):
     def tower(self, modality: str) -> Any:
         return self.model.model.image_tower if modality == "image" else self.model.model.video_tower
 
+    def has_images(self, inputs: Mapping[str, Any]) -> bool:
+        pixels = _pictures(inputs)
+        return pixels is not None and len(pixels) > 0
+
+    def pixels(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        return _pictures(inputs), inputs.get("pixel_values_videos")
+
     def layouts(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
-        return [ImageLayout(tile=tile_tokens(self.config))] * len(inputs["pixel_values"])
+        return [ImageLayout(tile=tile_tokens(self.config))] * len(_pictures(inputs))
+
+    def encode(self, inputs: Mapping[str, Any], layers: Sequence[int] = (), receives: Sequence[int] = ()) -> Encoded:
+        name = pictures_argument(self.model.model)
+        kept = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_values_images")}
+        return super().encode({**kept, name: _pictures(inputs)}, layers, receives)
 
     def video_layouts(self, inputs: Mapping[str, Any]) -> list[VideoLayout]:
         pixels = inputs["pixel_values_videos"]                                          # (clips, frames, 3, H, W)
@@ -37,3 +50,9 @@ class VideoLlavaAdapter(Adapter):
 
     def finish(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         return one_tensor(outputs, ("image", "video"))
+
+
+def _pictures(inputs: Mapping[str, Any]) -> Any:
+    """The pictures' pixels under either of the names that transformers has had for them; None if there are none."""
+    given = inputs.get("pixel_values")
+    return inputs.get("pixel_values_images") if given is None else given

@@ -23,6 +23,12 @@ def check_seam(model: Any) -> None:
             f"(mm_encoder_outputs); mmcompress needs transformers >= {MINIMUM}: pip install -U transformers")
 
 
+def pictures_argument(model: Any) -> str:
+    """What `get_image_features` of Video-LLaVA calls its pixels; transformers once had `pixel_values_images`."""
+    names = inspect.signature(type(model).get_image_features).parameters
+    return "pixel_values" if "pixel_values" in names else "pixel_values_images"
+
+
 def check_chunked_prefill() -> None:
     """Raise where `generate` would hand every chunk of a prompt the features of all pictures, and go wrong silently."""
     from transformers.generation import utils

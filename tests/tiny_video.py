@@ -9,6 +9,7 @@ import transformers
 from tiny import EOS, IMAGE, PAD, PINPOINTS, SIDE, VOCAB, text, vision
 
 from mmcompress.adapters import adapter_for
+from mmcompress.compat import pictures_argument
 from mmcompress.pipeline import captures_of
 from mmcompress.tokens import Tokens
 
@@ -163,7 +164,7 @@ def _pixels(model, items, g):
         out["pixel_values"] = noise(len(pictures), max(x.tiles for x in layouts), 3, SIDE, SIDE)
         out["image_sizes"] = torch.tensor([p.size for p in pictures])
     elif pictures:
-        out["pixel_values"] = noise(len(pictures), 3, SIDE, SIDE)
+        out[pictures_argument(model.model)] = noise(len(pictures), 3, SIDE, SIDE)
     if films:
         out["pixel_values_videos"] = torch.stack([_alike(noise(f.frames, 3, SIDE, SIDE)) for f in films])
     return out
@@ -207,7 +208,8 @@ def row_of(model, inputs, rows, i):
             out["second_per_grid_ts"] = inputs["second_per_grid_ts"][films]
         return out
     if pictures.start < pictures.stop:
-        out["pixel_values"] = inputs["pixel_values"][pictures]
+        name = pictures_argument(model.model) if kind == "video_llava" else "pixel_values"
+        out[name] = inputs[name][pictures]
         if "image_sizes" in inputs:
             out["image_sizes"] = inputs["image_sizes"][pictures]
             tiles = max(adapter_for(model).layout(*p.size).tiles for p in here if isinstance(p, Picture))
