@@ -31,7 +31,7 @@ def test_the_page_on_layers_holds_what_was_measured():
 
 
 def test_the_page_on_clips_holds_what_was_measured():
-    page, rows = (ROOT / "docs" / "video.md").read_text(), ROOT / "benchmarks" / "results" / "clips.csv"
+    page, rows = (ROOT / "docs" / "video.md").read_text(), ROOT / "benchmarks" / "results" / "video.csv"
     assert budget_table(rows, ("all", "order", "count", "change")) in page
     assert accuracy_table(rows, ("all",)) in README
     for path in re.findall(r"\]\(([^)#:]+)\)", page):
