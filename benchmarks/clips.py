@@ -2,8 +2,8 @@
 
     python benchmarks/clips.py --n 500
 
-Clips as they are, then with frames replaced (first frame only, last only, both, shuffled, reversed, gray), then longer and shorter
-ones, then pictures, on which the model it came from is the yardstick. All tokens, greedy exact match. Writes CSV.
+Clips as they are, then with frames replaced (first frame only, last only, both, shuffled, reversed, gray), then longer and
+shorter ones, then pictures, on which the model it came from is the yardstick. All tokens, greedy exact match. Writes CSV.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=500, help="questions about clips as they are; the rest get two fifths")
     parser.add_argument("--seed", default="eval")
-    parser.add_argument("--out", type=Path, default=Path("out/clips.csv"))
+    parser.add_argument("--out", type=Path, default=Path("out/pico_clips.csv"))
     options = parser.parse_args(argv)
     model, processor = pico.load_video()
     rows = measure(model, processor, options.n, options.seed)
