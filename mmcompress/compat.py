@@ -12,15 +12,20 @@ import transformers
 
 from .errors import UnsupportedModelError
 
-MINIMUM = "5.18"
+MINIMUM, BEFORE = "5.18", "5.24"
 
 
 def check_seam(model: Any) -> None:
     """Raise unless the model's forward takes precomputed features, as it does from transformers 5.18 on."""
-    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+    parameters = inspect.signature(type(model).forward).parameters
+    if "mm_encoder_outputs" not in parameters:
         raise UnsupportedModelError(
             f"{type(model).__name__}.forward of transformers {transformers.__version__} takes no precomputed features "
             f"(mm_encoder_outputs); mmcompress needs transformers >= {MINIMUM}: pip install -U transformers")
+    if "past_key_values" not in parameters:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}.forward of transformers {transformers.__version__} has no past_key_values (renamed to cache "
+            f"in {BEFORE}), which mmcompress does not know yet: pip install 'transformers>={MINIMUM},<{BEFORE}'")
 
 
 def pictures_argument(model: Any) -> str:

@@ -499,7 +499,7 @@ def test_errors_say_what_to_do(model, tmp_path):
     with pytest.raises(ValueError, match=r"positions='shut': 'closed' or 'original'"):
         mmcompress.wrap(model, image="uniform", positions="shut")
     (tmp_path / "bad.yaml").write_text("picture: {name: globalcom2}\n")
-    with pytest.raises(ValueError, match=r"unknown keys picture; a configuration has image, layers and positions"):
+    with pytest.raises(ValueError, match=r"unknown keys picture; a configuration has image, video, layers and positions"):
         mmcompress.wrap(model, tmp_path / "bad.yaml")
     with pytest.raises(ValueError, match=r"temperature=-1"):
         GlobalCom2(temperature=-1)
@@ -535,6 +535,16 @@ def test_an_old_transformers_is_refused(model, monkeypatch):
     monkeypatch.setattr(type(old), "forward", forward)
     with pytest.raises(UnsupportedModelError, match=r"no precomputed features .*transformers >= 5.18: pip install -U"):
         mmcompress.wrap(old, image="uniform")
+
+
+def test_a_transformers_with_another_name_for_caches_is_refused(monkeypatch):
+    def forward(self, input_ids=None, mm_encoder_outputs=None, cache=None):
+        raise AssertionError
+
+    new = llava_next()
+    monkeypatch.setattr(type(new), "forward", forward)
+    with pytest.raises(UnsupportedModelError, match=r"renamed to cache in 5.24.*pip install 'transformers>=5.18,<5.24'"):
+        mmcompress.wrap(new, image="uniform")
 
 
 def test_a_later_patch_is_not_overwritten(model):

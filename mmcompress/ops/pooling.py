@@ -28,11 +28,16 @@ def grid_cells(rows: int, columns: int, widths: list[int]) -> list[list[int]]:
 
 
 def average_by_slot(features: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Mean of the tokens of each slot. features (B, N, D), slot (N,) int64 in [0, k), -1 dropped -> (B, k, D), (k,) mass."""
-    member = torch.zeros(k + 1, len(slot), dtype=torch.float32, device=features.device)
-    member = member.scatter(0, torch.where(slot < 0, k, slot)[None], 1.0)[:k]                        # (k, N)
-    mass = member.sum(1)
-    mean = (member / mass.clamp_min(1)[:, None]) @ features.float()
+    """Mean of the tokens of each slot. features (B, N, D), slot (N,) int64 in [0, k), -1 dropped -> (B, k, D), (k,) mass.
+
+    Sums are float32, in time and memory of N, whatever k is.
+    """
+    batch, _, width = features.shape
+    place = torch.where(slot < 0, k, slot)
+    mass = torch.zeros(k + 1, dtype=torch.float32, device=features.device).index_add(
+        0, place, torch.ones_like(place, dtype=torch.float32))[:k]
+    sums = torch.zeros(batch, k + 1, width, dtype=torch.float32, device=features.device)
+    mean = sums.index_add(1, place, features.float())[:, :k] / mass.clamp_min(1)[:, None]
     return mean.to(features.dtype), mass
 
 
