@@ -24,8 +24,8 @@ def check_seam(model: Any) -> None:
             f"(mm_encoder_outputs); mmcompress needs transformers >= {MINIMUM}: pip install -U transformers")
     if "past_key_values" not in parameters:
         raise UnsupportedModelError(
-            f"{type(model).__name__}.forward of transformers {transformers.__version__} has no past_key_values (renamed to cache "
-            f"in {BEFORE}), which mmcompress does not know yet: pip install 'transformers>={MINIMUM},<{BEFORE}'")
+            f"{type(model).__name__}.forward of transformers {transformers.__version__} has no past_key_values (renamed to "
+            f"cache in {BEFORE}), which mmcompress does not know yet: pip install 'transformers>={MINIMUM},<{BEFORE}'")
 
 
 def pictures_argument(model: Any) -> str:
