@@ -10,7 +10,8 @@ from typing import Any
 
 from mmcompress.errors import UnsupportedModelError
 
-from .base import Adapter, Captures, Encoded
+from .base import Adapter, Encoded
+from .vision import Captures
 
 _ADAPTERS: dict[str, str] = {
     "internvl": "internvl:InternVLAdapter",

@@ -1,15 +1,15 @@
-"""What every adapter shares: the contract, and reading one vision layer's queries and keys through hooks."""
+"""What every adapter shares: the contract, and the way from a call's inputs to features and back."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcompress.compat import check_seam
@@ -17,28 +17,9 @@ from mmcompress.errors import SignalError, UnsupportedModelError
 from mmcompress.prompt import Found, find_placeholders
 from mmcompress.tokens import ImageLayout, LayerState, VideoLayout
 
+from .vision import Captures, VisionLayer, capture
+
 Layouts = Sequence[ImageLayout] | Sequence[VideoLayout] | Sequence[ImageLayout | VideoLayout]
-
-
-@dataclass(frozen=True)
-class Captures:
-    """What reducers read of the vision tower, by layer: queries and keys, and of some the attention that tokens receive."""
-
-    layers: tuple[int, ...] = ()
-    receives: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class VisionLayer:
-    """One captured vision layer of all tiles of a call, end to end."""
-
-    query: Tensor                       # (tiles, H, d): the first token's
-    keys: Tensor                        # (tiles, S, H, d)
-    received: Tensor | None = None      # (tiles, S) float32
-
-    def at(self, tiles: Tensor) -> VisionLayer:
-        """Some of the tiles."""
-        return VisionLayer(self.query[tiles], self.keys[tiles], None if self.received is None else self.received[tiles])
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,46 +220,10 @@ class Adapter(ABC):
         """Set it as the model's own forward does after a prompt, so that decoding by hand goes on at the right position."""
         self.model.model.rope_deltas = deltas
 
-    @contextmanager
     def capture(self, layers: Sequence[int], receives: Sequence[int] = (), modality: str = "image"
-                ) -> Iterator[dict[int, VisionLayer | None]]:
-        """Fill the yielded dict with the named vision layers while the tower runs."""
-        got: dict[int, VisionLayer | None] = {}
-        wanted = tuple(dict.fromkeys((*layers, *receives)))
-        handles, queries = [], {}
-        try:
-            for layer in wanted:
-                q_proj, k_proj, heads = vision_projections(self.tower(modality), layer)
-
-                def take_query(_m: Any, _i: Any, out: Tensor, layer: int = layer, heads: int = heads) -> None:
-                    queries[layer] = out.detach().unflatten(-1, (heads, -1))
-
-                def take_keys(_m: Any, _i: Any, out: Tensor, layer: int = layer, heads: int = heads) -> None:
-                    query, keys = queries.pop(layer), out.detach().unflatten(-1, (heads, -1))
-                    received = attention_received(query, keys) if layer in receives else None
-                    got[layer] = VisionLayer(query[:, 0], keys, received)
-
-                handles += [q_proj.register_forward_hook(take_query), k_proj.register_forward_hook(take_keys)]
-            yield got
-        finally:
-            for handle in handles:
-                handle.remove()
-        if missing := sorted(set(wanted) - set(got)):
-            raise SignalError(f"the hooks on vision layers {missing} never ran; a tower compiled before it was hooked "
-                              f"ignores them: compile the language model instead, or use a reducer without [CLS] scores")
-
-
-def attention_received(query: Tensor, keys: Tensor) -> Tensor:
-    """Mean attention that each token receives over heads and querying tokens. (tiles, S, H, d) twice -> (tiles, S) float32
-
-    Tile by tile: the maps of one tile are held at a time, not those of a clip.
-    """
-    scale = query.shape[-1] ** -0.5
-    rows = []
-    for q, k in zip(query, keys):
-        logits = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
-        rows.append(logits.softmax(-1).mean((0, 1)))
-    return torch.stack(rows)
+                ) -> AbstractContextManager[dict[int, VisionLayer | None]]:
+        """A dict that fills with the named vision layers while the tower runs within the block."""
+        return capture(self.tower(modality), layers, receives)
 
 
 def one_tensor(outputs: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, Any]:
@@ -299,25 +244,6 @@ def _given(inputs: Mapping[str, Any], name: str) -> bool:
 
 def named(inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: inputs[name] for name in names if inputs.get(name) is not None}
-
-
-def vision_projections(tower: Any, layer: int) -> tuple[nn.Module, nn.Module, int]:
-    """Query and key projections of one vision layer's attention, and its number of heads."""
-    count = getattr(tower.config, "num_hidden_layers", 0)
-    stacks = [m for name, m in tower.named_modules()
-              if isinstance(m, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "layer") and len(m) == count]
-    if not stacks:
-        raise SignalError(f"{type(tower).__name__}: no list of {count} vision layers found to read [CLS] attention from; "
-                          f"use a reducer that does without (AveragePool, Uniform, Random)")
-    if not -count <= layer < count:
-        raise SignalError(f"vision layer {layer}: the tower has {count} layers, counted from 0, or from the end by -1")
-    block = stacks[0][layer]
-    for q_name, k_name in (("q_proj", "k_proj"), ("query", "key")):
-        for module in block.modules():
-            if hasattr(module, q_name) and hasattr(module, k_name):
-                return getattr(module, q_name), getattr(module, k_name), tower.config.num_attention_heads
-    raise SignalError(f"{type(tower).__name__}: its attention has no separate query and key projections to read; "
-                      f"use a reducer that does without [CLS] scores (AveragePool, Uniform, Random)")
 
 
 def tile_tokens(config: Any) -> tuple[int, int]:

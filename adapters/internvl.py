@@ -12,7 +12,8 @@ from torch import Tensor
 from mmcompress.prompt import Found
 from mmcompress.tokens import ImageLayout, VideoLayout
 
-from .base import Adapter, Captures, Encoded, one_tensor, tile_tokens
+from .base import Adapter, Encoded, one_tensor, tile_tokens
+from .vision import Captures
 
 
 class InternVLAdapter(Adapter):

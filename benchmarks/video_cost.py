@@ -104,7 +104,7 @@ def draw(rows: Sequence[Row], path: Path, device: str) -> None:
             seen = [r for r in rows if r["method"] == method and r[name] > 0]
             ax.plot([r["frames"] for r in seen], [r[name] for r in seen], color=COLORS[i % len(COLORS)],
                     marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=1.4, label=method)
-        ax.set(xscale="log", yscale="log")
+        ax.set(xscale="log", yscale="log" if any(r[name] > 0 for r in rows) else "linear")
         ax.set_xticks(sorted({r["frames"] for r in rows}), [str(f) for f in sorted({r["frames"] for r in rows})])
         ax.minorticks_off()
         ax.set_title(title, loc="left", fontsize=10.5, color=INK)

@@ -305,7 +305,7 @@ def test_compress_eval_reduces_evaluation_too():
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from test_train import batch_of, SCHEDULE
@@ -343,6 +343,8 @@ if rank == 0:
     torch.save({{k: v.detach().clone() for k, v in state.items()}}, out)
 if world > 1:
     dist.barrier(); dist.destroy_process_group()
+sys.stdout.flush(); sys.stderr.flush()
+os._exit(0)                     # gloo's threads may outlive the interpreter's end, which then aborts
 """
 
 

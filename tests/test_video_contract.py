@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import METHODS, VIDEO_METHODS, video_reducer
 from tiny_video import FAMILIES, IMAGE, VIDEO, Film, Picture, build, greedy_reference, make_inputs, row_of, rows_for
 
@@ -95,6 +96,8 @@ def test_beams_samples_caches_and_a_second_turn(model, method):
         assert torch.equal(samples[::2, :inputs["input_ids"].shape[1]], inputs["input_ids"])
         first = w.generate(**inputs, **GREEDY, return_dict_in_generate=True)
         assert torch.equal(w.generate(**inputs, **GREEDY, cache_implementation="static"), first.sequences)
+        if hasattr(transformers.generation.utils, "_slice_mm_encoder_output"):                  # not before 5.23
+            assert torch.equal(w.generate(**inputs, **GREEDY, prefill_chunk_size=7), first.sequences)
         ids = torch.cat([first.sequences, first.sequences[:, -4:].flip(1)], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(n, 8, dtype=torch.long)], 1)
         size = first.past_key_values.get_seq_length()
