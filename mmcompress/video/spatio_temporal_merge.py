@@ -8,7 +8,7 @@ time: pointers lead to earlier cells, so cutting K - 1 of them leaves K trees (`
 
 Cells are compared after the mean of their frame is taken off, by direction alone. A vision tower answers to what enters a
 picture in all of its cells a little; that part is common to the frame and is no local change. On pico's clips this is worth
-9 points at a tenth of the tokens and 22 at a twentieth, over plain squared distances (docs/video.md).
+7 points at a tenth of the tokens and 22 at a twentieth, over plain squared distances (docs/video.md).
 
 Related: HoliTom (Shao et al., 2025) averages cells that are static over a segment, EVS (NVIDIA, 2025) ranks by the change from
 frame to frame and drops the rest. Ours is the forest, which needs neither segments nor thresholds and gives merging an exact
