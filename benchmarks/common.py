@@ -38,6 +38,12 @@ def clock(call: Callable[[], Any], device: torch.device, repeats: int, warm_up: 
     return statistics.median(times)
 
 
+def peak_rss() -> int:
+    """Bytes this process has held at most. Not getrusage's: that one is inherited from the process which started it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import clock, positive, print_table, synchronize, versions, write_csv
+from common import clock, peak_rss, positive, print_table, synchronize, versions, write_csv
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,12 +54,12 @@ def one_case(method: str, frames: int, keep: float, width: int, device: torch.de
     """Time and peak memory of one method on one clip."""
     x, reducer = clip(frames, width, device, dtype), reducer_class("video", method)(keep=keep)
     cuda = device.type == "cuda"
-    before = torch.cuda.memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = torch.cuda.memory_allocated(device) if cuda else peak_rss()
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     out = reducer(x)
     synchronize(device)
-    after = torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    after = torch.cuda.max_memory_allocated(device) if cuda else peak_rss()
     ms = clock(lambda: reducer(x), device, repeats, warm_up=1)
     return {"method": method, "frames": frames, "keep": keep, "tokens": x.layout.tokens, "kept": out.tokens.shape[1],
             "width": width, "ms": ms, "peak_mib": (after - before) / 2**20, "n": repeats}

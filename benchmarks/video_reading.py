@@ -41,13 +41,15 @@ COUNTS = (8, 64)
 SYNTHETIC = "synthetic"
 COLUMNS = ("file", "pixels", "seconds", "frames", "backend", "ms", "cpu ms", "peak MiB", "result MiB", "difference")
 PEAK = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 from mmcompress.video.reading import read
 path, frames, backend = sys.argv[1:]
 read(path, frames=2, end=1.0, backend=backend)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])      # KiB
+before = peak()
 read(path, frames=int(frames), backend=backend)
-print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+print(json.dumps((peak() - before) / 1024))
 """
 
 
