@@ -12,7 +12,8 @@ on 720p. decord2 3.4 carries FFmpeg 8, like PyAV 18. Its `get_batch` fails on so
 returns wrong frames on a busy machine, so frames are taken one by one from the keyframe on.
 
 Damage that the decoder patches over: of 361 H.264 files with one to three random bytes in their pictures, PyAV refused 356 and
-returned 4 wrong; decord, which does not pass on what the decoder flags, returned 318 wrong (decord2 3.4, PyAV 18.1). Take
+returned 4 wrong; decord, which does not pass on what the decoder flags, returned 318 wrong (decord2 3.4, PyAV 18.1; by a script
+that is not in the tree). Take
 `backend="pyav"` for files that you do not trust. VP9 and MJPEG flag nothing, so there neither notices.
 """
 
