@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,8 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcompress.compat import check_seam
 from mmcompress.errors import SignalError, UnsupportedModelError
+from mmcompress.layout import AudioLayout
 from mmcompress.prompt import Found, find_placeholders
-from mmcompress.tokens import ImageLayout, LayerState, VideoLayout
+from mmcompress.tokens import ImageLayout, LayerState, Reduction, VideoLayout
 
 from .vision import Captures, VisionLayer, capture
 
@@ -24,18 +25,28 @@ Layouts = Sequence[ImageLayout] | Sequence[VideoLayout] | Sequence[ImageLayout |
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What the vision tower and projector made of the pictures (or clips) of a call, in placeholder order.
+    """What tower and projector made of the pictures (or clips, or recordings) of a call, in placeholder order.
 
     `features` holds (N_i, D) per item, packed as the language model reads them. `vision` holds the captured layers, None
-    where the tower cannot give them. `grid` are the tower's patch rows and columns where features were pooled after it.
+    where the tower cannot give them. `grid` are the tower's patch rows and columns where features were pooled after it. `mel`
+    holds (N_i, bins) per recording, its log-mel spectrogram by token; `reductions`, one of a batch of one per recording, what a
+    reducer inside the encoder did, and `features` are then what it left.
     """
 
     features: Sequence[Tensor]
     vision: Mapping[int, VisionLayer | None]
     grid: tuple[int, int] | None = None
+    mel: Sequence[Tensor] = ()
+    reductions: Sequence[Reduction] = ()
+
+    def spectrogram(self, items: Sequence[int]) -> Tensor | None:
+        """The spectrograms of some recordings of equal layout, batched. (B, N, bins)"""
+        return torch.stack([self.mel[i] for i in items]) if self.mel else None
 
     def state(self, layouts: Layouts, items: Sequence[int]) -> dict[int, LayerState | None]:
         """The captured layers for some items of equal layout, batched."""
+        if not self.vision:
+            return {}
         starts, total = [], 0
         for layout in layouts:
             starts.append(total)
@@ -61,10 +72,14 @@ class Adapter(ABC):
     encoder_inputs: ClassVar[tuple[str, ...]]       # what get_image_features takes; dropped once the pictures are encoded
     video_inputs: ClassVar[tuple[str, ...]] = ()    # what get_video_features takes; (): the family reads no videos
     reads_clips: ClassVar[bool] = False             # clips that come without inputs of their own (InternVL)
+    audio_inputs: ClassVar[tuple[str, ...]] = ()    # what belongs to recordings; (): the family does not hear
+    raw_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_images", "pixel_values_videos", "input_features")
     mrope: ClassVar[bool] = False                   # multi-dimensional rotary positions, see `positions`
+    seq2seq: ClassVar[bool] = False                 # a decoder that attends to the encoder's states (Whisper)
+    takes_features: ClassVar[bool] = True           # `forward` has mm_encoder_outputs
 
     def __init__(self, model: Any) -> None:
-        check_seam(model)
+        check_seam(model, self.takes_features)
         self.model = model
         self.config = model.config
 
@@ -79,18 +94,25 @@ class Adapter(ABC):
         return self.config.video_token_id
 
     @property
+    def audio_token_id(self) -> int:
+        """The placeholder that stands for one token of a recording."""
+        return self.config.audio_token_id
+
+    @property
     def placeholders(self) -> tuple[int, ...]:
-        """Every token that stands for a picture's or a clip's."""
-        return (self.image_token_id, self.video_token_id) if self.video_inputs else (self.image_token_id,)
+        """Every token that stands for a picture's, a clip's or a recording's."""
+        slots = ((self.encoder_inputs, "image_token_id"), (self.video_inputs, "video_token_id"),
+                 (self.audio_inputs, "audio_token_id"))
+        return tuple(getattr(self, name) for inputs, name in slots if inputs)
 
     @property
     def dropped(self) -> tuple[str, ...]:
         """Inputs that the language model no longer takes once everything is encoded."""
-        return tuple(dict.fromkeys((*self.encoder_inputs, *self.video_inputs)))
+        return tuple(dict.fromkeys((*self.encoder_inputs, *self.video_inputs, *self.audio_inputs)))
 
     def tower(self, modality: str) -> Any:
-        """The vision tower that sees pictures, or the frames of clips."""
-        return self.model.model.vision_tower
+        """The tower that sees pictures, or the frames of clips, or hears recordings."""
+        return self.model.model.audio_tower if modality == "audio" else self.model.model.vision_tower
 
     @property
     def has_vision_cls(self) -> bool:
@@ -119,28 +141,41 @@ class Adapter(ABC):
     def has_videos(self, inputs: Mapping[str, Any]) -> bool:
         return bool(self.video_inputs) and _given(inputs, "pixel_values_videos")
 
+    def has_audio(self, inputs: Mapping[str, Any]) -> bool:
+        return bool(self.audio_inputs) and _given(inputs, "input_features")
+
     def pixels(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The tensors that the vision tower reads; the same objects mean the same features."""
-        return tuple(inputs.get(name) for name in ("pixel_values", "pixel_values_videos"))
+        """The tensors that the towers read; the same objects mean the same features."""
+        return tuple(inputs.get(name) for name in ("pixel_values", "pixel_values_videos", "input_features"))
 
     @abstractmethod
     def layouts(self, inputs: Mapping[str, Any]) -> list[ImageLayout]:
         """The layout of each picture, in placeholder order, from shapes and sizes alone."""
+
+    def audio_layouts(self, inputs: Mapping[str, Any], ids: Tensor) -> list[AudioLayout]:
+        """The layout of each recording, in placeholder order, from lengths alone. ids (B, L) on the host"""
+        raise UnsupportedModelError(f"{type(self.model).__name__} does not hear recordings")
 
     def video_layouts(self, inputs: Mapping[str, Any]) -> list[VideoLayout]:
         """The layout of each clip, in placeholder order, from shapes and sizes alone."""
         raise UnsupportedModelError(f"{type(self.model).__name__} reads no videos")
 
     def find(self, inputs: Mapping[str, Any], ids: Tensor) -> list[Found]:
-        """Every picture, then every clip of a call, each in placeholder order. ids (B, L) on the host."""
-        images = self.layouts(inputs) if self.has_images(inputs) else []
-        found = [Found("image", row, columns, layout) for layout, (row, columns) in zip(
-            images, find_placeholders(ids, self.image_token_id, [x.tokens for x in images]))]
-        if self.video_inputs:
-            videos = self.video_layouts(inputs) if self.has_videos(inputs) else []
-            found += [Found("video", row, columns, layout) for layout, (row, columns) in zip(
-                videos, find_placeholders(ids, self.video_token_id, [x.tokens for x in videos], "video"))]
+        """Every picture, then every clip, then every recording of a call, each in placeholder order. ids (B, L) on the host."""
+        found: list[Found] = []
+        for modality, layouts, token_id in self._held(inputs, ids):
+            places = find_placeholders(ids, token_id, [x.tokens for x in layouts], modality)
+            found += [Found(modality, row, columns, layout) for layout, (row, columns) in zip(layouts, places)]
         return found
+
+    def _held(self, inputs: Mapping[str, Any], ids: Tensor) -> Iterator[tuple[str, Sequence[Any], int]]:
+        """What the family can read: modality, the layouts of the call's items, their placeholder."""
+        if self.encoder_inputs:
+            yield "image", self.layouts(inputs) if self.has_images(inputs) else [], self.image_token_id
+        if self.video_inputs:
+            yield "video", self.video_layouts(inputs) if self.has_videos(inputs) else [], self.video_token_id
+        if self.audio_inputs:
+            yield "audio", self.audio_layouts(inputs, ids) if self.has_audio(inputs) else [], self.audio_token_id
 
     # from pixels to features, and back into the model -------------------------------------------------------------
 
@@ -159,10 +194,16 @@ class Adapter(ABC):
         features = [x.flatten(0, -2) for x in out.pooler_output]        # some versions keep frames and cells apart
         return Encoded(features=features, vision=vision, grid=self.vision_grid("video"))
 
+    def encode_audio(self, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout], merging: Any = None) -> Encoded:
+        """The same for the recordings. -> (N_i, D) per recording, and its spectrogram; merging: a reducer inside the encoder"""
+        raise UnsupportedModelError(f"{type(self.model).__name__} does not hear recordings")
+
     def encode_all(self, inputs: Mapping[str, Any], found: Sequence[Found], captures: Mapping[str, Captures]
                    ) -> dict[str, Encoded]:
         """Everything that the call holds, by modality."""
-        out = {}
+        out: dict[str, Encoded] = {}
+        if recordings := [item.layout for item in found if item.modality == "audio"]:
+            out["audio"] = self.encode_audio(inputs, recordings, captures.get("audio", Captures()).merging)
         for modality, encode in (("image", self.encode), ("video", self.encode_video)):
             if any(item.modality == modality for item in found):
                 read = captures.get(modality, Captures())
@@ -201,6 +242,28 @@ class Adapter(ABC):
     def finish(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """`mm_encoder_outputs` as the family's `forward` takes them: lists of tensors, or one tensor where it wants that."""
         return dict(outputs)
+
+    def take_in(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """A call with `mm_encoder_outputs` as the stock `forward` takes it.
+
+        No family's `forward` takes encoded recordings, so they are put at their placeholders among the input embeddings.
+        """
+        outputs = self.finish(call["mm_encoder_outputs"])
+        sound = outputs.pop("audio", None)
+        call = {**call, "mm_encoder_outputs": outputs}
+        if not outputs:
+            del call["mm_encoder_outputs"]
+        if sound is None:
+            return call
+        embeds = self.model.get_input_embeddings()(call["input_ids"])
+        there = (call["input_ids"] == self.audio_token_id).to(embeds.device)[..., None]
+        features = torch.cat(list(sound.pooler_output)).to(embeds.device, embeds.dtype)
+        return {**call, "inputs_embeds": embeds.masked_scatter(there, features)}
+
+    def first_layer(self) -> tuple[Tensor, Tensor]:
+        """Query and key weights of the first decoder layer: (H, d, D) and (H_kv, d, D)."""
+        attn = self.decoder_layers[0].self_attn
+        return tuple(proj.weight.detach().unflatten(0, (-1, attn.head_dim)) for proj in (attn.q_proj, attn.k_proj))
 
     # positions of M-RoPE families ---------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ class Captures:
 
     layers: tuple[int, ...] = ()
     receives: tuple[int, ...] = ()
+    merging: Any = None                 # the reducer that works inside the audio encoder, if one does
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
-def check_keep(keep: float | int) -> None:
+def check_keep(keep: Any, name: str = "keep") -> None:
     """Raise unless `keep` is a ratio in (0, 1] or a positive token count."""
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise ValueError(f"keep={keep!r}: a float in (0, 1] is a share of the item's tokens, an int an exact count")
+        raise ValueError(f"{name}={keep!r}: a float in (0, 1] is a share of the item's tokens, an int an exact count")
     if isinstance(keep, int):
         if keep < 1:
-            raise ValueError(f"keep={keep}: a token count is at least 1; pass a float for a share")
+            raise ValueError(f"{name}={keep}: a token count is at least 1; pass a float for a share")
     elif not 0.0 < keep <= 1.0:
-        raise ValueError(f"keep={keep}: a ratio lies in (0, 1]; pass an int for a token budget")
+        raise ValueError(f"{name}={keep}: a ratio lies in (0, 1]; pass an int for a token budget")
 
 
 def keep_count(tokens: int, keep: float | int) -> int:

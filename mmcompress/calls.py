@@ -1,4 +1,4 @@
-"""What `forward` and `generate` of a wrapped model do: reduce the pictures, call the stock method, fit the result.
+"""What `forward` and `generate` of a wrapped model do: reduce what it sees and hears, call the stock method, fit the result.
 
 Calls without pictures pass through, except that a cache which holds a reduced prompt is recognised and its columns mapped.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from . import seq2seq
 from .compat import check_chunked_prefill, check_decoding, check_gaps_over_cache
 from .layers.held import holds_layers, recall_layers, remember_layers
 from .layers.run import KEY, LayerRun
@@ -55,7 +56,7 @@ def forward(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
 def through_layers(handle: Wrapped, kwargs: dict[str, Any], run: Run | None) -> Any:
     """The stock forward; `run` says what is to be reduced inside the language model, the cache what was."""
     if kwargs.get("mm_encoder_outputs"):
-        kwargs = {**kwargs, "mm_encoder_outputs": handle.adapter.finish(kwargs["mm_encoder_outputs"])}
+        kwargs = handle.adapter.take_in(kwargs)
     layers = _layer_run(handle, kwargs, run)
     if layers is None:
         return handle.stock["forward"](**kwargs)
@@ -158,6 +159,8 @@ def _cache_of(out: Any) -> Any:
 
 def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     """What `generate` of a wrapped model does with its arguments by name."""
+    if handle.adapter.seq2seq:
+        return seq2seq.generate(handle, kwargs)
     stock, model = handle.stock["generate"], handle.model
     inputs = kwargs.pop("inputs", None)
     if inputs is not None:
@@ -194,6 +197,7 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
         _note_positions(handle, prompt, kwargs.get("attention_mask"))
         _fit_lengths(call, prompt, model.generation_config)
         _fit_watchers(call, prompt)
+    _repeat_sound(call, model.generation_config)
     handle.timed = handle.run.stopwatch if handle.run is not None and handle.run is not before else None
     handle.pending = begun
     try:
@@ -268,6 +272,17 @@ def _continue_mrope(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any],
     plain = call["attention_mask"].long().cumsum(1).sub(1).clamp_min(0)
     call["position_ids"] = torch.cat([plain[None], torch.cat([past, positions], 2)])
     return call, prompt, run
+
+
+def _repeat_sound(call: dict[str, Any], default: Any) -> None:
+    """Encoded recordings for every beam and sample; transformers repeats those of pictures and clips only."""
+    sound = (call.get("mm_encoder_outputs") or {}).get("audio")
+    if sound is None:
+        return
+    config = call.get("generation_config") or default
+    times = max(call.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
+    again: Any = [features for features in sound.pooler_output for _ in range(times)]
+    call["mm_encoder_outputs"] = {**call["mm_encoder_outputs"], "audio": type(sound)(pooler_output=again)}
 
 
 def _infer_mask(kwargs: dict[str, Any], config: Any) -> Tensor:

@@ -15,10 +15,13 @@ from .errors import UnsupportedModelError
 MINIMUM, BEFORE = "5.18", "5.24"
 
 
-def check_seam(model: Any) -> None:
-    """Raise unless the model's forward takes precomputed features, as it does from transformers 5.18 on."""
+def check_seam(model: Any, takes_features: bool = True) -> None:
+    """Raise unless the model's forward takes precomputed features, as it does from transformers 5.18 on.
+
+    takes_features  whether the family's forward is one that does; audio families get input embeddings instead
+    """
     parameters = inspect.signature(type(model).forward).parameters
-    if "mm_encoder_outputs" not in parameters:
+    if takes_features and "mm_encoder_outputs" not in parameters:
         raise UnsupportedModelError(
             f"{type(model).__name__}.forward of transformers {transformers.__version__} takes no precomputed features "
             f"(mm_encoder_outputs); mmcompress needs transformers >= {MINIMUM}: pip install -U transformers")

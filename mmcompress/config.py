@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from . import registry
+from .budget import check_keep
 from .layers.base import Positions, Step, steps_of
 from .tokens import KeepAll
 
 FILE_NAME = "mmcompress.json"
+MODALITIES = ("image", "video", "audio")        # what is reduced before the language model; each has its slot
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class WrapConfig:
 
     image        reduces pictures before the language model; None: not there
     video        reduces clips before the language model; None: not there
+    audio        reduces recordings before the language model, or before Whisper's decoder; None: not there
+    budget       tokens (int) or share of the tokens (float) that the pictures, clips and recordings of one prompt may cost
+                 together. It is divided by what each has to say (`ops.redundancy`), and the reducers' own `keep` does not
+                 count; None: each reducer keeps what its `keep` says
+    floor        with a budget, what each item keeps at least: a share of its tokens, or a count
     layers       reducers inside the language model, such as (FastV(2, 0.5),)
     positions    "closed": kept tokens close up, as if the picture had been that small; "original": each keeps the
                  position it had in the full prompt, and the text after it too; None: what the reducers were made for, their
@@ -33,31 +40,53 @@ class WrapConfig:
     positions: Positions | None = None
     layers: tuple[Any, ...] = ()
     video: Any = None
+    audio: Any = None
+    budget: float | int | None = None
+    floor: float | int = 0.05
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        for slot in ("image", "video"):
+        for slot in MODALITIES:
             if isinstance(given := getattr(self, slot), (str, dict)):
                 object.__setattr__(self, slot, registry.build(slot, given))
-        if self.image is None and self.video is None and not self.layers:
-            raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25), video=... or "
-                             "layers=[...]")
+        if not self.before and not self.layers:
+            raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25), video=..., audio=... "
+                             "or layers=[...]")
+        if self.budget is not None:
+            self._check_budget()
         if self.positions is None:
-            wanted = [getattr(r, "positions", "closed") for r in (self.image, self.video) if r is not None]
+            wanted = [getattr(r, "positions", "closed") for r in self.before.values()]
             object.__setattr__(self, "positions", "original" if "original" in wanted else "closed")
         if self.positions not in ("closed", "original"):
             raise ValueError(f"positions={self.positions!r}: 'closed' or 'original'")
 
+    def _check_budget(self) -> None:
+        check_keep(self.budget, "budget")
+        check_keep(self.floor, "floor")
+        if not self.before:
+            raise ValueError("budget=... divides tokens among pictures, clips and recordings before the language model: pass "
+                             "image=..., video=... or audio=... with it")
+        for reducer in self.before.values():
+            if not is_dataclass(reducer) or "keep" not in {f.name for f in fields(reducer)} \
+                    or getattr(reducer, "in_encoder", False) or getattr(reducer, "count_is_bound", False):
+                raise ValueError(f"budget=... sets each item's keep from what its features hold, which "
+                                 f"{registry.label(reducer)} cannot take; choose another reducer, or leave budget out")
+
     def to_dict(self) -> dict[str, Any]:
-        slots = {slot: None if reducer is None else registry.describe(slot, reducer)
-                 for slot, reducer in (("image", self.image), ("video", self.video))}
-        return {**slots, "positions": self.positions,
+        slots = {slot: None if getattr(self, slot) is None else registry.describe(slot, getattr(self, slot))
+                 for slot in MODALITIES}
+        return {**slots, "positions": self.positions, "budget": self.budget, "floor": self.floor,
                 "layers": [registry.describe("layers", reducer) for reducer in self.layers]}
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """The reducers that work before the language model, by modality."""
+        return {slot: getattr(self, slot) for slot in MODALITIES if getattr(self, slot) is not None}
 
     @property
     def reducers(self) -> dict[str, Any]:
         """What reduces each modality before the language model."""
-        return {"image": self.image or KeepAll(), "video": self.video or KeepAll()}
+        return {slot: self.before.get(slot, KeepAll()) for slot in MODALITIES}
 
     def steps(self, depth: int) -> tuple[Step, ...]:
         """The reductions inside a language model of `depth` layers, by layer."""
@@ -78,16 +107,19 @@ class WrapConfig:
     @property
     def label(self) -> str:
         """What is reduced, in short."""
-        return " + ".join(registry.label(r) for r in (self.image, self.video, *self.layers) if r is not None)
+        label = " + ".join(registry.label(r) for r in (*self.before.values(), *self.layers))
+        return label if self.budget is None else f"{label}, budget={self.budget}"
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> WrapConfig:
         data = dict(data)
         data.pop("mmcompress_version", None)
-        if unknown := sorted(set(data) - {"image", "video", "positions", "layers"}):
-            raise ValueError(f"unknown keys {', '.join(unknown)}; a configuration has image, video, layers and positions")
-        slots = {slot: registry.build(slot, data[slot]) for slot in ("image", "video") if data.get(slot) is not None}
-        return cls(**slots, positions=data.get("positions"), layers=build_layers(data.get("layers") or ()))
+        if unknown := sorted(set(data) - {*MODALITIES, "positions", "layers", "budget", "floor"}):
+            raise ValueError(f"unknown keys {', '.join(unknown)}; a configuration has image, video, audio, layers, budget and "
+                             f"positions")
+        slots = {slot: registry.build(slot, data[slot]) for slot in MODALITIES if data.get(slot) is not None}
+        return cls(**slots, positions=data.get("positions"), layers=build_layers(data.get("layers") or ()),
+                   budget=data.get("budget"), floor=data.get("floor", cls.floor))
 
     @classmethod
     def load(cls, path: str | Path) -> WrapConfig:

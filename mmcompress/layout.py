@@ -1,4 +1,4 @@
-"""How an item's tokens lie: a picture's thumbnail and canvas, a clip's frames, a plain sequence. Known before any data."""
+"""How an item's tokens lie: a picture's canvas, a clip's frames, a recording's time, a sequence. Known before any data."""
 
 from __future__ import annotations
 
@@ -215,6 +215,68 @@ class VideoPlaces:
     row: Tensor             # (N,) int64
     column: Tensor          # (N,) int64
     is_patch: Tensor        # (N,) bool
+
+
+@dataclass(frozen=True)
+class AudioLayout(Layout):
+    """A recording as tokens of equal duration, one after the other.
+
+    length  tokens, as the language model (or Whisper's decoder) reads them
+    rate    tokens per second
+    sound   how many of them, from the first, hear the recording; the rest hear the silence that fills a window of fixed length
+            (Whisper). -1: all
+    """
+
+    length: int
+    rate: float
+    sound: int = -1
+
+    def __post_init__(self) -> None:
+        if self.sound == -1:
+            object.__setattr__(self, "sound", self.length)
+        if self.length < 1 or not self.rate > 0 or not 0 <= self.sound <= self.length:
+            raise ValueError(f"{self}: a recording has at least one token, a positive rate, and 0 to `length` tokens of sound")
+
+    @property
+    def tokens(self) -> int:
+        return self.length
+
+    @property
+    def tail(self) -> int:
+        """Tokens that hear the silence behind the recording."""
+        return self.length - self.sound
+
+    @property
+    def seconds(self) -> float:
+        """Duration that the tokens cover, the silence of a fixed window included."""
+        return self.length / self.rate
+
+    @property
+    def patches(self) -> int:
+        """Tokens that hear the recording."""
+        return self.sound
+
+    @property
+    def nominal(self) -> int:
+        return self.length
+
+    @property
+    def newline_tokens(self) -> int:
+        return 0
+
+    def places(self, device: torch.device | str = "cpu") -> AudioPlaces:
+        """When each of the N tokens begins and ends, as tensors on `device`."""
+        number = torch.arange(self.length, device=torch.device(device))
+        return AudioPlaces(start=number / self.rate, end=(number + 1) / self.rate, is_patch=number < self.sound)
+
+
+@dataclass(frozen=True, eq=False)
+class AudioPlaces:
+    """When each of the N tokens of an `AudioLayout` sounds, in seconds from the recording's beginning."""
+
+    start: Tensor           # (N,) float32
+    end: Tensor             # (N,) float32
+    is_patch: Tensor        # (N,) bool: false for the silence behind the recording
 
 
 @lru_cache(maxsize=512)

@@ -16,17 +16,18 @@ from .errors import UnsupportedModelError
 from .layers.base import Step
 from .layers.plan import LayerPlan, Span, plan_layers
 from .layers.run import LayerItem, State, take
-from .layout import SequenceLayout
+from .layout import AudioLayout, SequenceLayout
 from .prompt import Found, PromptMap, as_mask, padding_side, plan
+from .reducing import check_features, reduce_items, reducers_of
 from .report import Stopwatch
-from .tokens import ImageReducer, Reduction, Tokens
+from .tokens import ImageReducer
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One reduced picture or clip: where it stood and which of its tokens went where. Holds no features."""
+    """One reduced picture, clip or recording: where it stood and which of its tokens went where. Holds no features."""
 
-    modality: str               # "image" or "video"
+    modality: str               # "image", "video" or "audio"
     row: int                    # its prompt in the batch
     layout: Any
     index: Tensor               # (K,) int64
@@ -42,10 +43,32 @@ class Item:
     def after(self) -> int:
         return len(self.index)
 
+    @property
+    def spans(self) -> Tensor:
+        """Of a recording: when each kept token's sound begins and ends, merged tokens' included. (K, 2) float32 seconds
+
+        On the host. Tokens that a reducer dropped belong to no span; those it merged or pooled to the one they went into.
+        """
+        if not isinstance(self.layout, AudioLayout):
+            raise ValueError(f"an item of modality {self.modality!r} has no time spans; recordings have")
+        source, places = self.source.cpu(), self.layout.places()
+        at = torch.where(source < 0, self.after, source)
+        fill = lambda value, x, how: torch.full((self.after + 1,), value).scatter_reduce(0, at, x, how)[:-1]  # noqa: E731
+        return torch.stack([fill(torch.inf, places.start, "amin"), fill(-torch.inf, places.end, "amax")], 1)
+
     def at(self, layer: int) -> Item | LayerItem:
         """What a decoder layer, counted from 0, saw of it."""
         seen = [x for x in self.layers if x.layer <= layer]
         return seen[-1] if seen else self
+
+
+class Items(list[Item]):
+    """The items of a call, in order: pictures, then clips, then recordings."""
+
+    @property
+    def spans(self) -> list[Tensor]:
+        """When each kept token of each recording sounds: (K, 2) float32 seconds per recording, see `Item.spans`."""
+        return [item.spans for item in self if item.modality == "audio"]
 
 
 @dataclass(eq=False)
@@ -58,7 +81,7 @@ class Run:
     prompt: PromptMap | None = None         # None: no column was dropped before the language model
     layers: LayerPlan | None = None         # None: none is dropped inside it
     vision: State | None = None             # captured vision layers, for reducers inside the language model
-    items: list[Item] = field(default_factory=list)
+    items: Items = field(default_factory=Items)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def columns_by_layer(self, depth: int) -> list[int]:
@@ -88,7 +111,7 @@ class Run:
 
 def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfig,
                   side: Literal["left", "right"] | None = None, encoded: Mapping[str, Encoded] | Encoded | None = None) -> Run:
-    """Encode and reduce the pictures and clips of a call, and shorten its prompt to match.
+    """Encode and reduce the pictures, clips and recordings of a call, and shorten its prompt to match.
 
     inputs   what the processor returned, with labels or position_ids (B, L) if wanted
     side     where prompts of unequal length are padded; None: as the caller's mask is
@@ -112,7 +135,7 @@ def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfi
             run.layers = _plan_layers(steps, run.prompt, host_ids, host_mask, found, kept, on, inputs.get("labels"),
                                       input_ids.device)
 
-    reduced_later = [i for i, item in enumerate(found) if _needs_data(reducers[item.modality], item)]
+    reduced_later = config.budget is not None or any(_needs_data(reducers[item.modality], item) for item in found)
     question = None
     with run.stopwatch.stage("plan"):
         if not reduced_later:                                   # everything the host has to do is done before the tower runs
@@ -128,15 +151,17 @@ def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfi
         if any(getattr(step.reducer, "captures", ()) for step in steps):
             run.vision = partial(_vision_state, encoded, found)
     with run.stopwatch.stage("reduce"):
-        reduced = _reduce(encoded, found, reducers, question)
+        features = check_features(encoded, found)
+        chosen = reducers_of(config, found, features)
+        reduced = reduce_items(adapter, encoded, found, features, chosen, question)
     with run.stopwatch.stage("pack"):
-        run.items = [Item(item.modality, item.row, item.layout, index, source, mass)
-                     for item, (_, index, source, mass) in zip(found, reduced)]
+        run.items = Items(Item(item.modality, item.row, item.layout, index, source, mass)
+                          for item, (_, index, source, mass) in zip(found, reduced))
         if reduced_later:
             shorten([len(one.index) if item.together else one.index.cpu() for item, one in zip(found, run.items)])
         run.inputs = {k: v for k, v in inputs.items() if k not in adapter.dropped}
         if full is not None and run.prompt is None:             # nothing went: the stock model finds its own positions
-            run.inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_values_videos")}
+            run.inputs = {k: v for k, v in inputs.items() if k not in adapter.raw_inputs}
         if full is not None and run.prompt is not None:
             tokens = input_ids.shape[1] if host_mask is None else host_mask.sum(1, keepdim=True)
             run.prompt = replace(run.prompt, rope_deltas=(full[1] - tokens).to(input_ids.device))
@@ -151,8 +176,9 @@ def reduce_inputs(adapter: Adapter, inputs: Mapping[str, Any], config: WrapConfi
 def captures_of(config: WrapConfig, adapter: Adapter) -> dict[str, Captures]:
     """What the reducers of a configuration read of the vision tower, by modality."""
     depth = adapter.depth
-    return {modality: Captures(config.captures(depth, modality), config.receives(depth, modality))
-            for modality in config.reducers}
+    merging = config.audio if getattr(config.audio, "in_encoder", False) else None
+    return {modality: Captures(config.captures(depth, modality), config.receives(depth, modality),
+                               merging if modality == "audio" else None) for modality in config.reducers}
 
 
 def _needs_data(reducer: Any, item: Found) -> bool:
@@ -187,9 +213,11 @@ def _plan_layers(steps: Sequence[Step], prompt: PromptMap | None, ids: Tensor, m
     if any(not item.together for item in found):
         raise UnsupportedModelError("layers=[...] on a clip whose frames stand between text (InternVL): its tokens are no run "
                                     "of columns; reduce it by video=... alone")
-    if any(item.modality == "video" for item in found) and any(isinstance(step.reducer, ImageReducer) for step in steps):
-        raise UnsupportedModelError("InLayer reduces pictures, and this call holds a clip; use FastV, PyramidDrop or "
-                                    "StagePool inside the language model, or video=... before it")
+    others = {"video": "a clip", "audio": "a recording"}
+    for held in (item.modality for item in found if item.modality in others):
+        if any(isinstance(step.reducer, ImageReducer) for step in steps):
+            raise UnsupportedModelError(f"InLayer reduces pictures, and this call holds {others[held]}; use FastV, PyramidDrop "
+                                        f"or StagePool inside the language model, or {held}=... before it")
     labels = None if labels is None else labels.cpu()
     if prompt is None:
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -202,52 +230,6 @@ def _plan_layers(steps: Sequence[Step], prompt: PromptMap | None, ids: Tensor, m
     entering = [item.layout if k == item.layout.tokens else SequenceLayout(k, k) for item, k in zip(found, counts)]
     spans = [Span(item.row, start, layout) for item, start, layout in zip(found, starts, entering)]
     return plan_layers(steps, valid, spans, side, labels, device)
-
-
-Reduced = tuple[Tensor, Tensor, Tensor, "Tensor | None"]        # one picture's tokens, index, source, mass
-
-
-def _reduce(encoded: Mapping[str, Encoded], found: Sequence[Found], reducers: Mapping[str, Any],
-            question: tuple[Tensor, Tensor] | None) -> list[Reduced]:
-    """Reduce items of one modality and equal layout together."""
-    out: list[Reduced | None] = [None] * len(found)
-    for modality, reducer in reducers.items():
-        same = [i for i, item in enumerate(found) if item.modality == modality]
-        if not same:
-            continue
-        features, layouts = encoded[modality].features, [found[i].layout for i in same]
-        groups: dict[Any, list[int]] = {}
-        for i, (one, layout) in enumerate(zip(features, layouts)):
-            if len(one) != layout.tokens:
-                noun = "picture" if modality == "image" else modality
-                raise ValueError(f"{noun} {i} has {len(one)} features where its layout has {layout.tokens} "
-                                 f"tokens; pixels and sizes must come from one processor call")
-            groups.setdefault(layout, []).append(i)
-        for layout, items in groups.items():
-            asked = (None, None) if question is None else tuple(q[[same[i] for i in items]] for q in question)
-            x = Tokens(features=torch.stack([features[i] for i in items]), layout=layout,
-                       vision=encoded[modality].state(layouts, items), question=asked[0], question_mask=asked[1])
-            reduction = reducer(x)
-            _check(reduction, reducer, x)
-            for j, i in enumerate(items):
-                out[same[i]] = _item(reduction, j)
-    return [r for r in out if r is not None]
-
-
-def _check(reduction: Reduction, reducer: Any, x: Tokens) -> None:
-    want = (len(x.features), reducer.count(x.layout))
-    if tuple(reduction.index.shape) != want or tuple(reduction.tokens.shape[:2]) != want:
-        raise ValueError(f"{type(reducer).__name__} returned {tuple(reduction.tokens.shape[:2])} tokens where count() "
-                         f"promised {want}; fix the reducer")
-
-
-def _item(reduction: Reduction, j: int) -> Reduced:
-    tokens, index, source = reduction.tokens[j], reduction.index[j], reduction.source[j]
-    mass = None if reduction.mass is None else reduction.mass[j]
-    if reduction.valid is not None:                             # the count depends on the data: one host synchronisation
-        valid = reduction.valid[j]
-        tokens, index, mass = tokens[valid], index[valid], None if mass is None else mass[valid]
-    return tokens, index, source, mass
 
 
 def _shortened(run: Run, inputs: Mapping[str, Any], mask: Tensor | None, found: Sequence[Found],

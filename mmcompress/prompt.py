@@ -13,12 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+NOUNS = {"image": ("picture", "pixel_values"), "video": ("video", "pixel_values_videos"),
+         "audio": ("recording", "input_features")}      # what a modality's item is called, and the input that holds it
+
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A picture or clip of a call: where its placeholders stand, and how its tokens lie."""
+    """A picture, clip or recording of a call: where its placeholders stand, and how its tokens lie."""
 
-    modality: str               # "image" or "video"
+    modality: str               # "image", "video" or "audio"
     row: int                    # its prompt in the batch
     columns: Tensor             # (N,) int64 on the host, ascending; text may stand between them
     layout: Any
@@ -94,7 +97,7 @@ def whole(input_ids: Tensor, rope_deltas: Tensor | None = None) -> PromptMap:
 def find_placeholders(input_ids: Tensor, token_id: int, counts: Sequence[int], modality: str = "image"
                       ) -> list[tuple[int, Tensor]]:
     """Where each item's placeholders stand: (row, columns (N_i,)) per item. input_ids (B, L) on the host."""
-    noun, pixels = {"image": ("picture", "pixel_values"), "video": ("video", "pixel_values_videos")}[modality]
+    noun, pixels = NOUNS[modality]
     spans: list[tuple[int, Tensor]] = []
     todo = list(counts)
     for row, ids in enumerate(input_ids):

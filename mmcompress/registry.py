@@ -35,6 +35,11 @@ _REDUCERS: dict[str, dict[str, str]] = {
         "frame_pool": "mmcompress.video.frame_pool:FramePool",
         "random": "mmcompress.video.random:Random",
     },
+    "audio": {
+        "mean_pool": "mmcompress.audio.mean_pool:MeanPool",
+        "stride": "mmcompress.audio.stride:Stride",
+        "random": "mmcompress.audio.random:Random",
+    },
     "layers": {
         "fastv": "mmcompress.layers.fastv:FastV",
         "pyramid_drop": "mmcompress.layers.pyramid_drop:PyramidDrop",
@@ -47,6 +52,7 @@ SHOWN = ("layer", "keep", "stride")     # fields that are said even where they a
 _IS = {     # what makes an instance a reducer of a slot
     "image": ("count", "__call__"),
     "video": ("count", "__call__"),
+    "audio": ("count", "__call__"),
     "layers": ("steps",),
 }
 

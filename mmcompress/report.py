@@ -31,6 +31,14 @@ class Stopwatch:
         event.record()
         return event
 
+    def start(self) -> Mark:
+        """Begin a stage that another function ends with `stop`."""
+        return self._mark()
+
+    def stop(self, name: str, start: Mark) -> None:
+        self._spans.append((name, start, self._mark()))
+        self._counts[name] += 1
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         if torch.compiler.is_compiling():       # a clock would break the graph
@@ -40,8 +48,7 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._spans.append((name, start, self._mark()))
-            self._counts[name] += 1
+            self.stop(name, start)
 
     def milliseconds(self) -> dict[str, float]:
         """Total per stage, in order of first use."""
@@ -59,11 +66,12 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class ItemReport:
-    """One picture or clip. Tokens are what the language model reads, newlines included; patches leave the newlines (and the
-    [CLS] tokens of frames) out.
+    """One picture, clip or recording. Tokens are what the language model reads, newlines included; patches leave the newlines
+    (and the [CLS] tokens of frames) out.
 
     `nominal` is what papers often call 100 %: every patch of every tile or frame, before padding was cut, without newlines.
-    `frames` are the tokens that are left in each frame of a clip (merged ones stand in the frame of their representative).
+    `frames` are the tokens that are left in each frame of a clip (merged ones stand in the frame of their representative),
+    `seconds` what a recording lasts (0 for others).
     """
 
     modality: str
@@ -77,6 +85,7 @@ class ItemReport:
     nominal: int
     merged: bool
     frames: list[int] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def kept(self) -> float:
@@ -106,6 +115,9 @@ class Report:
     language model's prefill (`flops.prefill_flops`), all rows, computed from the configuration and the columns of each layer.
     `tokens_mean` is what a decoder layer reads of the pictures, averaged over its `depth` layers; `layers` says what reducers
     inside the language model left, layer by layer.
+
+    Where a decoder attends to an encoder's states (Whisper), the prompt's lengths are those states' of one window, KV bytes are
+    the cross-attention's, and operations what depends on the states: their keys and values, and the attention of every step.
     """
 
     reducer: str
@@ -130,19 +142,36 @@ class Report:
     def tokens_after(self) -> int:
         return sum(i.tokens_after for i in self.items)
 
+    @property
+    def by_modality(self) -> dict[str, tuple[int, int]]:
+        """Tokens before and after of all items of each modality."""
+        out: dict[str, tuple[int, int]] = {}
+        for i in self.items:
+            before, after = out.get(i.modality, (0, 0))
+            out[i.modality] = before + i.tokens_before, after + i.tokens_after
+        return out
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "tokens_before": self.tokens_before, "tokens_after": self.tokens_after}
+        return {**asdict(self), "tokens_before": self.tokens_before, "tokens_after": self.tokens_after,
+                "by_modality": self.by_modality}
 
     def __str__(self) -> str:
         if not self.items:
-            return f"{self.reducer}: nothing was reduced (no picture or clip in the last call)"
+            return f"{self.reducer}: nothing was reduced (no picture, clip or recording in the last call)"
         lines = [self.reducer]
         for n, i in enumerate(self.items):
             merged = ", merged" if i.merged else ""
             seen = f"; {sum(f > 0 for f in i.frames)} of {len(i.frames)} frames hold tokens" if i.frames else ""
+            if i.modality == "audio":
+                lines.append(f"  audio {n} (prompt {i.prompt}): {i.tokens_before} -> {i.tokens_after} tokens ({i.kept:.1%}; "
+                             f"{i.seconds:.1f} s at {i.tokens_after / i.seconds:.1f} tokens/s{merged})")
+                continue
             lines.append(f"  {i.modality} {n} (prompt {i.prompt}): {i.tokens_before} -> {i.tokens_after} tokens "
                          f"({i.kept:.1%}; newlines {i.newlines_before} -> {i.newlines_after}; "
                          f"{i.kept_nominal:.1%} of {i.nominal} nominal patches{seen}{merged})")
+        if len(by := self.by_modality) > 1:
+            lines += [f"  all {modality}: {before} -> {after} tokens ({after / before:.1%})"
+                      for modality, (before, after) in by.items()]
         for stage in self.layers:
             lines.append(f"  from layer {stage.layer} of {self.depth}: {stage.tokens} image tokens, {stage.columns} columns")
         if self.layers:
@@ -165,13 +194,13 @@ def _size(count: int) -> str:
 
 
 def describe_item(item: Any) -> ItemReport:
-    """The report of one reduced picture or clip; reads its indices, so it waits for the device."""
+    """The report of one reduced picture, clip or recording; reads its indices, so it waits for the device."""
     layout, index = item.layout, item.index.cpu()
     patches = int(layout.places().is_patch[index].sum())
     return ItemReport(modality=item.modality, prompt=item.row, tokens_before=item.before, tokens_after=item.after,
                       patches_before=layout.patches, patches_after=patches, newlines_before=layout.newline_tokens,
                       newlines_after=item.after - patches, nominal=layout.nominal, merged=item.mass is not None,
-                      frames=_frames(layout, index))
+                      frames=_frames(layout, index), seconds=getattr(layout, "seconds", 0.0))
 
 
 def _frames(layout: Any, index: torch.Tensor) -> list[int]:

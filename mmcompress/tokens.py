@@ -1,16 +1,16 @@
 """The nouns everything speaks: `Layout`, `Tokens`, `Reduction`, and the verb, `Reducer`.
 
-A picture reaches a reducer as the sequence the language model would read: the thumbnail's tokens row by row, then
-each row of the canvas that the crops tile, unpadded, closed by a newline token. A clip reaches it frame by frame.
-`ImageLayout` and `VideoLayout` say where each of these tokens lies, so a method needs no other geometry, and a budget
-counts what the language model really pays for.
+A picture reaches a reducer as the sequence the language model would read: the thumbnail's tokens row by row, then each row of
+the canvas that the crops tile, unpadded, closed by a newline token. A clip reaches it frame by frame, a recording in time.
+`ImageLayout`, `VideoLayout` and `AudioLayout` say where each of these tokens lies, so a method needs no other geometry, and a
+budget counts what the language model really pays for.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -40,13 +40,16 @@ class LayerState:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """B pictures or clips of one layout, ready to be reduced; signals are computed when read.
+    """B pictures, clips or recordings of one layout, ready to be reduced; signals are computed when read.
 
     `features` (B, N, D) are the projected tokens in the order of the language model. `vision` holds the layers that
     the reducer named in its `captures`; None stands for one that this tower cannot give. `question` (B, Q, D) are the input
     embeddings of the text that follows the picture in its prompt, right-padded, `question_mask` (B, Q) bool which of them are
     real. Inside the language model `features` are the hidden states that enter a decoder layer, and `attention` (B, N)
     float32 is what the prompt's querying tokens pay each token, softmaxed over all they see, averaged over heads and queries.
+    `mel` (B, N, bins) float32 is a recording's log-mel spectrogram as the model heard it, averaged over each token's frames.
+    `weights` are the language model's query and key weights of its first layer, (H, d, D) and (H_kv, d, D), for reducers that
+    say `reads_first_layer`.
     """
 
     features: Tensor
@@ -55,6 +58,8 @@ class Tokens:
     question: Tensor | None = None
     question_mask: Tensor | None = None
     attention: Tensor | None = None
+    mel: Tensor | None = None
+    weights: tuple[Tensor, Tensor] | None = None
 
     @property
     def places(self) -> Places:
@@ -65,6 +70,26 @@ class Tokens:
         """A clip's features by frame and cell, without its tail. (B, T, P, D)"""
         t, p = self.layout.frames, self.layout.cells
         return self.features[:, :t * p].unflatten(1, (t, p))
+
+    def spectrogram(self) -> Tensor:
+        """Log-mel spectrogram by token (B, N, bins) float32; raises SignalError where no recording came with it."""
+        if self.mel is None:
+            raise SignalError("there is no spectrogram here: silence and energy are read from a recording's input_features; "
+                              "use the reducer as audio=... on a model that hears")
+        return self.mel
+
+    def first_layer(self) -> tuple[Tensor, Tensor]:
+        """Query weights (H, d, D) and key weights (H_kv, d, D) of the language model's first layer."""
+        if self.weights is None:
+            raise SignalError("there are no weights of a first layer here: the model has no language model that reads sound and "
+                              "question in one prompt (Whisper), or the reducer does not say `reads_first_layer`")
+        return self.weights
+
+    def cut(self, start: int, end: int, layout: Any) -> Tokens:
+        """The tokens from `start` to `end` alone, as items of their own layout. For recordings: no vision layers."""
+        part = lambda x: None if x is None else x[:, start:end]  # noqa: E731
+        return replace(self, features=self.features[:, start:end], layout=layout, vision={}, attention=part(self.attention),
+                       mel=part(self.mel))
 
     def layer(self, layer: int) -> LayerState:
         """Queries and keys of one vision layer; raises SignalError if they were not captured or cannot be."""

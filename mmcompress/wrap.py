@@ -17,14 +17,14 @@ from typing import Any
 
 from torch import Tensor
 
-from . import calls, registry
-from .adapters import Encoded, adapter_for
+from . import calls, registry, seq2seq
+from .adapters import Encoded, adapter_for, known_model_types
 from .compat import base_of, check_layers
 from .config import Positions, WrapConfig, build_layers
 from .errors import UnsupportedModelError, WrapError
 from .flops import prefill_flops
 from .layers.run import enter_layer
-from .pipeline import Item, Run, captures_of, reduce_inputs
+from .pipeline import Items, Run, captures_of, reduce_inputs
 from .prompt import PromptMap
 from .report import Report, Stopwatch, describe_item, describe_layers, kv_bytes
 
@@ -32,26 +32,35 @@ _STATE = "_mmcompress"          # the handle, in the model's __dict__
 _METHODS = ("forward", "generate")
 
 
-def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: Any = None, video: Any = None, layers: Any = (),
+def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: Any = None, video: Any = None, audio: Any = None,
+         layers: Any = (), budget: float | int | None = None, floor: float | int | None = None,
          positions: Positions | None = None) -> Wrapped:
-    """Make a LLaVA-style transformers model reduce its pictures' and clips' tokens; undo it with `remove()` or a `with` block.
+    """Make a LLaVA-style transformers model, or Whisper, reduce the tokens of its pictures, clips and recordings.
+
+    Undo it with `remove()` or a `with` block.
 
     model      a transformers model of a known family, also inside PEFT or with accelerate hooks
     config     a YAML file such as "configs/globalcom2-25.yaml", instead of the keywords
     image      a reducer, its registry name, a dict {"name": ..., fields}, or a YAML file that configures one
     video      the same for clips
+    audio      the same for recordings
     layers     reducers inside the language model, such as [FastV(2, 0.5)]; one or several, names and dicts as well
+    budget     what the pictures, clips and recordings of a prompt may cost together: tokens (int) or a share of them (float),
+               divided by how much each has to say; `floor` is what each keeps at least (5 % of its tokens). The reducers' own
+               `keep` does not count then
     positions  "closed" or "original"; by default what the reducer was made for, see `WrapConfig`
     """
     if isinstance(config, WrapConfig):
         chosen = config
     elif config is not None:
-        if image is not None or video is not None or build_layers(layers):
-            raise ValueError("pass either a configuration file or image=..., video=... and layers=..., not both")
+        if any(x is not None for x in (image, video, audio, budget)) or build_layers(layers):
+            raise ValueError("pass either a configuration file or image=..., video=..., audio=..., layers=... and budget=..., "
+                             "not both")
         chosen = WrapConfig.load(config)
     else:
-        chosen = WrapConfig(image=_reducer("image", image), video=_reducer("video", video), positions=positions,
-                            layers=build_layers(layers))
+        chosen = WrapConfig(image=_reducer("image", image), video=_reducer("video", video), audio=_reducer("audio", audio),
+                            positions=positions, layers=build_layers(layers), budget=budget,
+                            floor=WrapConfig.floor if floor is None else floor)
     return Wrapped(model, chosen)
 
 
@@ -68,26 +77,29 @@ def unwrap(model: Any) -> Any:
     return model
 
 
-def compress(model: Any, inputs: Any, *, image: Any = None, video: Any = None, positions: Positions | None = None
-             ) -> dict[str, Any]:
-    """The pure form: processor inputs -> inputs of the stock `forward` or `generate`, with pictures and clips reduced.
+def compress(model: Any, inputs: Any, *, image: Any = None, video: Any = None, audio: Any = None,
+             budget: float | int | None = None, positions: Positions | None = None) -> dict[str, Any]:
+    """The pure form: processor inputs -> inputs of the stock `forward` or `generate`, with what they show and sound reduced.
 
     The result holds input_ids, attention_mask and the like of the shorter prompt, and `mm_encoder_outputs` instead of
     the pixels. `generate` then returns the shorter prompt before its new tokens. With original positions it needs its cache
     (`use_cache=False` drops the mask, and transformers then reads the gaps as packed sequences; a wrapped model guards that).
     Families that take features as one tensor (LLaVA-OneVision's clips, Video-LLaVA, InternVL) mix up the rows of a batch under
-    beams or `num_return_sequences`, where transformers repeats that tensor whole: wrap the model for those.
+    beams or `num_return_sequences`, where transformers repeats that tensor whole: wrap the model for those. Recordings come
+    back within `inputs_embeds`, which chunked prefill ignores; Whisper's as `encoder_outputs`.
     """
-    if image is None and video is None:
-        raise ValueError("compress() reduces pictures and clips before the language model: pass image=... or video=...; "
-                         "reducers inside it need wrap()")
+    if image is None and video is None and audio is None:
+        raise ValueError("compress() reduces pictures, clips and recordings before the language model: pass image=..., "
+                         "video=... or audio=...; reducers inside it need wrap()")
     base = base_of(model)
     adapter = adapter_for(base)
-    config = WrapConfig(image=_reducer("image", image), video=_reducer("video", video), positions=positions)
-    if not (adapter.has_images(inputs) or adapter.has_videos(inputs)):
+    config = WrapConfig(image=_reducer("image", image), video=_reducer("video", video), audio=_reducer("audio", audio),
+                        positions=positions, budget=budget)
+    if not (adapter.has_images(inputs) or adapter.has_videos(inputs) or adapter.has_audio(inputs)):
         return dict(inputs)
-    reduced = reduce_inputs(adapter, inputs, config).inputs
-    return {**reduced, "mm_encoder_outputs": adapter.finish(reduced["mm_encoder_outputs"])}
+    if adapter.seq2seq:
+        return seq2seq.reduce_inputs(adapter, inputs, config)
+    return adapter.take_in(reduce_inputs(adapter, inputs, config).inputs)
 
 
 def _reducer(slot: str, given: Any) -> Any:
@@ -100,7 +112,7 @@ def _reducer(slot: str, given: Any) -> Any:
 
 
 class Wrapped:
-    """A model that reduces its pictures' and clips' tokens. Call it, or the model itself, as before.
+    """A model that reduces the tokens of its pictures, clips and recordings. Call it, or the model itself, as before.
 
     `report` says what the last call saved and cost, `last` which token of each item went where.
     """
@@ -120,6 +132,8 @@ class Wrapped:
         self.watch: Callable[[Run], None] | None = None        # told of every reduced call
         self._encoded: list[tuple[Any, dict[str, Encoded]]] | None = None   # within encoding_shared(): pixels, what they gave
         self._hooks: list[Any] = []
+        self.begun: Run | None = None              # while generate of a seq2seq model runs: the record of all its windows
+        self.mark: Any = None                      # when its encoder began
         self._check(config)
         self.run: Run | None = None                # the record of the last reduced call
         self.ids: Tensor | None = None             # its input_ids
@@ -128,10 +142,13 @@ class Wrapped:
         self.stock: dict[str, Callable[..., Any]] = {name: getattr(base, name) for name in _METHODS}
         self.names = {name: list(inspect.signature(stock).parameters) for name, stock in self.stock.items()}
         for name, replacement in (("forward", _forward), ("generate", _generate)):
-            base.__dict__[name] = MethodType(_with_signature(replacement, self.stock[name]), base)
+            more = not self.adapter.takes_features and not self.adapter.seq2seq and name == "forward"
+            base.__dict__[name] = MethodType(_with_signature(replacement, self.stock[name], more), base)
         base.__dict__[_STATE] = self
         if config.layers:
             self._hook_layers()
+        if self.adapter.seq2seq:
+            self._hooks += seq2seq.hook_encoder(self)
 
     def configure(self, config: WrapConfig) -> None:
         """Reduce differently from the next call on, as training schedules do; caches made before stay valid."""
@@ -141,14 +158,21 @@ class Wrapped:
             self._hook_layers()
 
     def _check(self, config: WrapConfig) -> None:
+        if self.adapter.seq2seq and config.layers:
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no prompt with sound in it, so layers=[...] has "
+                                        f"nothing to reduce; use audio=...")
         steps = config.steps(self.adapter.depth)
         check_layers(self.model, steps)
         if steps and self.adapter.mrope:
             raise UnsupportedModelError(f"{type(self.model).__name__}: layers=[...] does not know its multi-dimensional rotary "
                                         f"positions; use image=... and video=...")
-        if config.video is not None and not (self.adapter.video_inputs or self.adapter.reads_clips):
-            raise UnsupportedModelError(f"{type(self.model).__name__} reads no clips, so video=... has nothing to reduce; "
-                                        f"these do: llava_next_video, llava_onevision, video_llava, qwen2_5_vl, internvl")
+        for slot, can, verb in (("image", self.adapter.encoder_inputs, "sees no pictures"),
+                                ("video", self.adapter.video_inputs or self.adapter.reads_clips, "reads no clips"),
+                                ("audio", self.adapter.audio_inputs, "does not hear")):
+            if getattr(config, slot) is not None and not can:
+                raise UnsupportedModelError(f"{type(self.model).__name__} {verb}, so {slot}=... has nothing to reduce; "
+                                            f"adapters/README.md lists what each family takes (of known model types: "
+                                            f"{', '.join(known_model_types())})")
 
     def _hook_layers(self) -> None:
         for number, layer in enumerate(self.adapter.decoder_layers):
@@ -167,9 +191,12 @@ class Wrapped:
     # looking ------------------------------------------------------------------------------------------------------
 
     @property
-    def last(self) -> list[Item]:
-        """The pictures, then the clips of the last reduced call: layout, index, source and mass of each."""
-        return [] if self.run is None else self.run.items
+    def last(self) -> Items:
+        """The pictures, then the clips, then the recordings of the last reduced call: layout, index, source and mass of each.
+
+        `last.spans` are the time spans of the recordings' tokens, in seconds.
+        """
+        return Items() if self.run is None else self.run.items
 
     @property
     def prompt(self) -> PromptMap | None:
@@ -185,6 +212,8 @@ class Wrapped:
         run = self.run
         if run is None:
             return Report(reducer=self.config.label)
+        if self.adapter.seq2seq:
+            return seq2seq.report(self)
         depth, config = self.adapter.depth, self.model.config
         before, after = [run.columns] * depth, run.columns_by_layer(depth)
         size = lambda columns: kv_bytes(config, run.rows, columns, self.model.dtype)  # noqa: E731
@@ -270,11 +299,18 @@ class Wrapped:
     # what the replaced methods do ---------------------------------------------------------------------------------
 
     def reduces(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a call has pictures or clips to reduce."""
+        """Whether a call has pictures, clips or recordings to reduce."""
         if not self.active or (self.only_training and not self.model.training):
             return False
-        images = (self.config.image is not None or bool(self.config.layers)) and self.adapter.has_images(kwargs)
-        return images or ((self.config.video is not None or bool(self.config.layers)) and self.adapter.has_videos(kwargs))
+        if self.adapter.seq2seq:
+            return False                                        # its encoder's hook does
+        held = {"image": self.adapter.has_images, "video": self.adapter.has_videos, "audio": self.adapter.has_audio}
+        return any((slot in self.config.before or bool(self.config.layers)) and holds(kwargs) for slot, holds in held.items())
+
+    @property
+    def listens(self) -> bool:
+        """Whether what a seq2seq model's encoder hears is reduced now."""
+        return self.active and (self.model.training or not self.only_training)
 
     def start(self, kwargs: dict[str, Any], side: Any = None, encoded: Mapping[str, Encoded] | Encoded | None = None) -> Run:
         """Reduce a call; the handle keeps its record, not its tensors."""
@@ -314,15 +350,21 @@ def _is_ours(method: Any) -> bool:
     return isinstance(method, MethodType) and getattr(method.__func__, _STATE, False)
 
 
-def _with_signature(replacement: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of `replacement` that shows the stock method's signature, which transformers and PEFT inspect."""
+def _with_signature(replacement: Callable[..., Any], stock: Callable[..., Any], features: bool = False) -> Callable[..., Any]:
+    """A copy of `replacement` that shows the stock method's signature, which transformers and PEFT inspect.
+
+    features  show `mm_encoder_outputs` too, so that `generate` hands encoded recordings on
+    """
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return replacement(self, *args, **kwargs)
 
     signature = inspect.signature(stock)
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     method.__name__, method.__doc__ = replacement.__name__.lstrip("_"), stock.__doc__
-    method.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]
+    more = [inspect.Parameter("mm_encoder_outputs", inspect.Parameter.KEYWORD_ONLY, default=None)] if features else []
+    own = list(signature.parameters.values())
+    at = len(own) - any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own)
+    method.__signature__ = signature.replace(parameters=[first, *own[:at], *more, *own[at:]])  # type: ignore[attr-defined]
     setattr(method, _STATE, True)
     return method
 

@@ -14,6 +14,7 @@ from mmcompress.registry import reducer_class
 torch.set_num_threads(1)
 METHODS = sorted(mmcompress.available("image"))
 VIDEO_METHODS = sorted(mmcompress.available("video"))
+AUDIO_METHODS = sorted(mmcompress.available("audio"))
 LAYER_METHODS = sorted(mmcompress.available("layers"))
 
 
@@ -25,6 +26,11 @@ def reducers(keep):
 def video_reducer(name, keep=0.3):
     """A registered video reducer by name."""
     return reducer_class("video", name)(keep=keep)
+
+
+def audio_reducer(name, keep=0.4):
+    """A registered audio reducer by name. Merging inside an encoder of few layers cannot remove more than half a layer."""
+    return reducer_class("audio", name)(keep=max(keep, 0.5) if name == "atome" and isinstance(keep, float) else keep)
 
 
 @pytest.fixture(scope="session")

@@ -482,7 +482,7 @@ def test_names_files_and_dicts(model, tmp_path):
 
 def test_errors_say_what_to_do(model, tmp_path):
     inputs = make_inputs(model, [[(48, 48)]])
-    with pytest.raises(UnsupportedModelError, match=r"no adapter for model_type 'llama'; known: .*video_llava; adapters/"):
+    with pytest.raises(UnsupportedModelError, match=r"no adapter for model_type 'llama'; known: .*whisper; adapters/"):
         mmcompress.wrap(model.model.language_model, image="globalcom2")
     with pytest.raises(ValueError, match=r"no image reducer named 'nope'; known: .*globalcom2.*uniform"):
         mmcompress.wrap(model, image="nope")
@@ -499,7 +499,7 @@ def test_errors_say_what_to_do(model, tmp_path):
     with pytest.raises(ValueError, match=r"positions='shut': 'closed' or 'original'"):
         mmcompress.wrap(model, image="uniform", positions="shut")
     (tmp_path / "bad.yaml").write_text("picture: {name: globalcom2}\n")
-    with pytest.raises(ValueError, match=r"unknown keys picture; a configuration has image, video, layers and positions"):
+    with pytest.raises(ValueError, match=r"unknown keys picture; a configuration has image, video, audio, layers, budget"):
         mmcompress.wrap(model, tmp_path / "bad.yaml")
     with pytest.raises(ValueError, match=r"temperature=-1"):
         GlobalCom2(temperature=-1)
