@@ -15,3 +15,7 @@ class UnsupportedModelError(ValueError):
 
 class VideoError(ValueError):
     """A video file cannot be read as asked: missing, damaged, no video in it, or a range or count that it does not have."""
+
+
+class AudioError(ValueError):
+    """A sound cannot be read or taken as asked: missing, damaged, no audio in it, a range it lacks, or an unknown rate."""
