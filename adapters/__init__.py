@@ -35,8 +35,8 @@ def adapter_for(model: Any) -> Adapter:
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type in _INSIDE:
         raise UnsupportedModelError(f"{type(model).__name__} speaks as well as hears: wrap the part that reads prompts, "
-                                    f"mmcompress.wrap(model.{_INSIDE[model_type]}, ...); it answers in text then, since the part "
-                                    f"that speaks needs the hidden states of the whole prompt (generation_mode='text')")
+                                    f"mmcompress.wrap(model.{_INSIDE[model_type]}, ...); it answers in text then, since the "
+                                    f"part that speaks needs the hidden states of the whole prompt (generation_mode='text')")
     if model_type not in _ADAPTERS:
         raise UnsupportedModelError(f"no adapter for model_type {model_type!r}; known: {', '.join(sorted(_ADAPTERS))}; "
                                     f"adapters/README.md shows how to write one")

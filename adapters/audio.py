@@ -13,6 +13,7 @@ from mmcompress.layout import AudioLayout
 from mmcompress.tokens import ImageLayout
 
 from .base import Adapter, Encoded
+from .merging import Merging, Window, plan_merging
 
 MEL_RATE = 100          # frames a second of the log-mel spectrograms that all these families read
 
@@ -48,6 +49,16 @@ class AudioAdapter(Adapter):
 
     def audio_layouts(self, inputs: Mapping[str, Any], ids: Tensor) -> list[AudioLayout]:
         return [AudioLayout(self.tokens(n), self.rate) for n in self.frames(inputs)]
+
+    def plan_merging(self, merging: Any, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout]) -> Merging | None:
+        """What a reducer is to do inside the encoder; None if there is none, or nothing for it to do."""
+        windows = [Window(self.tokens(n), ((n - 1) // 2 + 1,)) for n in self.frames(inputs)]
+        return plan_merging(merging, self.tower("audio"), windows, layouts, self.states_per_token)
+
+    def merged(self, plan: Merging, features: Tensor, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout]) -> Encoded:
+        """What an encoder left that merged by this plan. features (windows, ., D), projected"""
+        reductions = plan.reductions(features)
+        return Encoded([r.tokens[0] for r in reductions], {}, mel=self.mel(inputs, layouts), reductions=reductions)
 
     def mel(self, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout]) -> list[Tensor]:
         """Log-mel spectrogram by token of each recording. -> (N_i, bins) float32"""

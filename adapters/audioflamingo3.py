@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmcompress.layout import AudioLayout
 
-from .audio import AudioAdapter, Encoded, refuse_merging, regroup, windows_of_runs
+from .audio import AudioAdapter, Encoded, regroup, windows_of_runs
 
 
 class AudioFlamingo3Adapter(AudioAdapter):
@@ -23,6 +23,10 @@ class AudioFlamingo3Adapter(AudioAdapter):
         return windows_of_runs(ids, self.audio_token_id, [self.tokens(n) for n in self.frames(inputs)], self.rate)
 
     def encode_audio(self, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout], merging: Any = None) -> Encoded:
-        refuse_merging(merging, self.model)
+        if (plan := self.plan_merging(merging, inputs, layouts)) is not None:
+            core = self.model.model
+            with plan:
+                out = core.audio_tower(inputs["input_features"], input_features_mask=inputs["input_features_mask"])
+            return self.merged(plan, core.multi_modal_projector(out.last_hidden_state), inputs, layouts)
         out = self.model.model.get_audio_features(inputs["input_features"], inputs["input_features_mask"], return_dict=True)
         return Encoded(regroup(out.pooler_output, layouts), {}, mel=self.mel(inputs, layouts))

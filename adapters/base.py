@@ -77,6 +77,7 @@ class Adapter(ABC):
     mrope: ClassVar[bool] = False                   # multi-dimensional rotary positions, see `positions`
     seq2seq: ClassVar[bool] = False                 # a decoder that attends to the encoder's states (Whisper)
     takes_features: ClassVar[bool] = True           # `forward` has mm_encoder_outputs
+    masks_loss: ClassVar[bool] = False              # `forward` cuts its logits by the prompt's mask before it takes the loss
 
     def __init__(self, model: Any) -> None:
         check_seam(model, self.takes_features)
@@ -132,6 +133,11 @@ class Adapter(ABC):
     def rotary(self, hidden: Tensor, position_ids: Tensor) -> Any:
         """Rotary embeddings (cos, sin), each (B, L, d), of position ids (B, L)."""
         return self.model.model.language_model.rotary_emb(hidden, position_ids=position_ids)
+
+    def reads(self, modality: str) -> bool:
+        """Whether the family takes pictures ("image"), clips ("video") or recordings ("audio")."""
+        return {"image": bool(self.encoder_inputs), "video": bool(self.video_inputs) or self.reads_clips,
+                "audio": bool(self.audio_inputs)}[modality]
 
     # what a call holds --------------------------------------------------------------------------------------------
 

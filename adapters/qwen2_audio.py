@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from mmcompress.layout import AudioLayout
 
-from .audio import AudioAdapter, Encoded, refuse_merging
+from .audio import AudioAdapter, Encoded
 
 
 class Qwen2AudioAdapter(AudioAdapter):
@@ -22,14 +23,17 @@ class Qwen2AudioAdapter(AudioAdapter):
 
     audio_inputs = ("input_features", "feature_attention_mask")
     mask_input = "feature_attention_mask"
+    masks_loss = True
     states_per_token = 2
 
     def encode_audio(self, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout], merging: Any = None) -> Encoded:
-        refuse_merging(merging, self.model)
-        core = self.model.model
+        core, plan = self.model.model, self.plan_merging(merging, inputs, layouts)
         mel = inputs["input_features"].to(core.audio_tower.device)
-        out = core.audio_tower(mel, attention_mask=self._encoder_mask(mel, inputs["feature_attention_mask"]))
+        with plan or nullcontext():
+            out = core.audio_tower(mel, attention_mask=self._encoder_mask(mel, inputs["feature_attention_mask"]))
         features = core.multi_modal_projector(out.last_hidden_state)
+        if plan is not None:
+            return self.merged(plan, features, inputs, layouts)
         return Encoded([x[:layout.tokens] for x, layout in zip(features, layouts)], {}, mel=self.mel(inputs, layouts))
 
     def _encoder_mask(self, mel: Tensor, frames: Tensor) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmcompress.layout import AudioLayout
 
-from .audio import AudioAdapter, Encoded, refuse_merging, regroup, windows_of_runs
+from .audio import AudioAdapter, Encoded, regroup, windows_of_runs
 
 
 class VoxtralAdapter(AudioAdapter):
@@ -30,6 +30,11 @@ class VoxtralAdapter(AudioAdapter):
         return windows_of_runs(ids, self.audio_token_id, [self.tokens(n) for n in self.frames(inputs)], self.rate)
 
     def encode_audio(self, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout], merging: Any = None) -> Encoded:
-        refuse_merging(merging, self.model)
+        if (plan := self.plan_merging(merging, inputs, layouts)) is not None:
+            core = self.model.model
+            with plan:
+                states = core.audio_tower(inputs["input_features"], return_dict=True).last_hidden_state
+            together = states.unflatten(1, (-1, self.states_per_token)).flatten(2)
+            return self.merged(plan, core.multi_modal_projector(together), inputs, layouts)
         out = self.model.model.get_audio_features(inputs["input_features"], return_dict=True)
         return Encoded(regroup(out.pooler_output, layouts), {}, mel=self.mel(inputs, layouts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from mmcompress.errors import UnsupportedModelError
 from mmcompress.layout import AudioLayout
 
-from .audio import AudioAdapter, Encoded, mel_by_token, refuse_merging
+from .audio import AudioAdapter, Encoded, mel_by_token
+from .merging import Merging, Window, plan_merging
 
 
 class WhisperAdapter(AudioAdapter):
@@ -51,13 +53,19 @@ class WhisperAdapter(AudioAdapter):
         return [AudioLayout(self.tokens(mel.shape[-1]), self.rate, self.tokens(n) if n else 0) for n in sounding(mel).tolist()]
 
     def encode_audio(self, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout], merging: Any = None) -> Encoded:
-        refuse_merging(merging, self.model)
-        out = self.encoder(inputs["input_features"], return_dict=True)
-        return self.encoded(inputs["input_features"], out.last_hidden_state)
+        with (plan := self.plan_merging(merging, inputs, layouts)) or nullcontext():
+            out = self.encoder(inputs["input_features"], return_dict=True)
+        return self.encoded(inputs["input_features"], out.last_hidden_state, plan)
 
-    def encoded(self, mel: Tensor, states: Tensor) -> Encoded:
-        """Encoder states (B, N, D) of spectrograms (B, bins, T), one recording a row."""
-        return Encoded(list(states), {}, mel=[mel_by_token(x, states.shape[1], 2) for x in mel])
+    def plan_merging(self, merging: Any, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout]) -> Merging | None:
+        """As for other families, the silence behind a recording apart, and all rows to the same number of states."""
+        return plan_merging(merging, self.encoder, [Window(x.tokens, (x.sound, x.tail)) for x in layouts], layouts, 1)
+
+    def encoded(self, mel: Tensor, states: Tensor, plan: Merging | None = None) -> Encoded:
+        """Encoder states (B, N, D) of spectrograms (B, bins, T), one recording a row; plan: how they were merged."""
+        tokens = self.tokens(mel.shape[-1])
+        return Encoded(list(states), {}, mel=[mel_by_token(x, tokens, 2) for x in mel],
+                       reductions=() if plan is None else plan.reductions(states))
 
 
 def sounding(mel: Tensor) -> Tensor:

@@ -60,10 +60,24 @@ def through_layers(handle: Wrapped, kwargs: dict[str, Any], run: Run | None) -> 
     layers = _layer_run(handle, kwargs, run)
     if layers is None:
         return handle.stock["forward"](**kwargs)
-    out = handle.stock["forward"](**{**kwargs, KEY: layers})
+    call, labels = {**kwargs, KEY: layers}, None
+    if layers.plan is not None and handle.adapter.masks_loss:
+        labels = call.pop("labels", None)                       # its loss would cut the logits by the mask that entered
+    out = handle.stock["forward"](**call)
+    if labels is not None:
+        out = _with_loss(out, labels)
     if layers.plan is not None and (cache := _cache_of(out)) is not None:
         remember_layers(cache, layers.hold(handle.adapter.depth, handle.model.device))
     return out
+
+
+def _with_loss(out: Any, labels: Tensor) -> Any:
+    """The output of a forward without labels, with the mean cross-entropy of each next token; -100 does not count."""
+    logits = out[0] if isinstance(out, tuple) else out.logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+    if isinstance(out, tuple):
+        return (loss, *out)
+    return type(out)(**{**out, "loss": loss})
 
 
 def _layer_run(handle: Wrapped, kwargs: dict[str, Any], run: Run | None) -> LayerRun | None:
@@ -89,6 +103,8 @@ def _flat_mask(mask: Any, rows: int, columns: int) -> Tensor | None:
     """The 2-D mask (B, columns) bool of a call; of a 4-D one, which static caches get, what its last query sees."""
     if mask is None:
         return None
+    if isinstance(mask, dict):                                  # one for each kind of layer; sliding windows are refused
+        mask = mask["full_attention"]
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise ValueError("attention_mask must be 2-D (prompts, length) where layers of the language model see different tokens")
     if mask.ndim == 4:

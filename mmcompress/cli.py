@@ -14,6 +14,7 @@ from .evaluating import eval_app
 from .options import (
     DEFAULT,
     Attn,
+    Audio,
     Device,
     Dtype,
     End,
@@ -30,10 +31,12 @@ from .options import (
     Where,
     emit,
     from_yaml,
+    parse_keep,
     reducer_of,
 )
 
-DEFAULTS = {"image": DEFAULT, "video": "spatio_temporal_merge"}          # of run and viz
+DEFAULTS = {"image": DEFAULT, "video": "spatio_temporal_merge", "audio": "adaptive_spectral_pool"}      # of run and viz
+QUESTIONS = {"image": "describe the picture.", "video": "describe the clip.", "audio": "what is to be heard?"}      # of viz
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -63,13 +66,13 @@ def _one_line(e: Exception) -> str:
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False, help="Fewer image and video tokens in stock transformers models.")
+                  pretty_exceptions_enable=False, help="Fewer image, video and audio tokens in stock transformers models.")
 app.add_typer(eval_app, name="eval")
 
 
 @app.callback()
 def _main(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
-    """Fewer image and video tokens in stock transformers models."""
+    """Fewer image, video and audio tokens in stock transformers models."""
 
 
 @app.command()
@@ -106,37 +109,53 @@ def _marked(answer: str, truth: str) -> str:
 
 
 @app.command()
-def run(model: Model, prompt: Annotated[str, typer.Option(help="The question, without placeholders of pictures and clips.")],
+def run(model: Model,
+        prompt: Annotated[str | None, typer.Option(
+            help="The question, without placeholders of pictures, clips and recordings; Whisper takes none.")] = None,
         image: Annotated[list[Path] | None, typer.Option(help="A picture; repeatable.")] = None, video: Video = None,
-        frames: Frames = None, fps: Fps = None, start: Start = None, end: End = None,
+        audio: Audio = None, frames: Frames = None, fps: Fps = None, start: Start = None, end: End = None,
         image_reducer: Annotated[str | None, typer.Option(
             help="As `mmcompress list` shows, or as YAML: '{name: globalcom2, keep: 0.5}'; default global_rank.")] = None,
         video_reducer: Annotated[str | None, typer.Option(
-            help="The same for the clip; default spatio_temporal_merge. With one of the two, only that is reduced.")] = None,
+            help="The same for the clip; default spatio_temporal_merge. Where one of the three is given, only that is "
+                 "reduced.")] = None,
+        audio_reducer: Annotated[str | None, typer.Option(
+            help=f"The same for the recording; default {DEFAULTS['audio']}.")] = None,
         layers: Annotated[str | None, typer.Option(
             help="Reducers inside the language model, as YAML: fastv, or '{name: fastv, layer: 2, keep: 0.5}'.")] = None,
         keep: Own = None, option: Options = None,
+        budget: Annotated[str | None, typer.Option(
+            help="Instead of --keep: tokens of all together, a share or a count, divided by how much each has to say.")] = None,
         config: Annotated[Path | None, typer.Option(help="A YAML file instead of the reducers and their options.")] = None,
-        positions: Where = None, max_new_tokens: int = 128, device: Device = "auto", dtype: Dtype = "auto", attn: Attn = "sdpa",
-        plot: Annotated[Path | None, typer.Option(help="Write the kept tokens of the clip, else of the first picture.")] = None,
+        positions: Where = None,
+        max_new_tokens: Annotated[int | None, typer.Option(
+            help="Of the answer; default 128, and for Whisper what its configuration says.")] = None,
+        device: Device = "auto", dtype: Dtype = "auto", attn: Attn = "sdpa",
+        plot: Annotated[Path | None, typer.Option(
+            help="Write the kept tokens of the recording, else of the clip, else of the first picture.")] = None,
         as_json: Json = False) -> None:
-    """Ask a checkpoint about pictures and a clip with fewer of their tokens; print the answer and what it saved."""
-    from .asking import ask, open_shown
-    from .checkpoint import load
+    """Ask a checkpoint about pictures, a clip, a recording, with fewer of their tokens; print the answer and what it saved."""
+    from .asking import ask, check_prompt, open_shown
+    from .checkpoint import hearing_rate, load
     from .config import WrapConfig, build_layers
 
-    given = {"image": image_reducer, "video": video_reducer}
-    if config is not None and (*given.values(), layers, keep, option, positions) != (None,) * 6:
-        raise ValueError("pass either --config or --image-reducer, --video-reducer, --layers, --keep, --option and "
-                         "--positions, not both")
-    shown = open_shown(image or (), video, frames, fps, start, end)
+    given = {"image": image_reducer, "video": video_reducer, "audio": audio_reducer}
+    if config is not None and (*given.values(), layers, keep, option, budget, positions) != (None,) * 8:
+        raise ValueError("pass either --config or --image-reducer, --video-reducer, --audio-reducer, --layers, --keep, "
+                         "--option, --budget and --positions, not both")
+    if keep is not None and budget is not None:
+        raise ValueError("--keep and --budget: the budget decides what each keeps; pass one of them")
+    rate = 0 if audio is None else hearing_rate(model)
+    shown = open_shown(image or (), video, frames, fps, start, end, audio, rate)
     chosen = WrapConfig.load(config) if config is not None else WrapConfig(
-        **reducers_of(given, shown.slots, keep, option, default=layers is None or (keep, option) != (None, None)),
-        layers=build_layers(from_yaml("--layers", layers) if layers else ()), positions=cast("Any", positions))
+        **reducers_of(given, shown.slots, keep, option, default=layers is None or (keep, option, budget) != (None,) * 3),
+        layers=build_layers(from_yaml("--layers", layers) if layers else ()), positions=cast("Any", positions),
+        budget=None if budget is None else parse_keep(budget, "--budget"))
+    check_prompt(model, prompt)
     loaded, processor = load(model, device, dtype, attn, video=video is not None)
     answer, report = ask(loaded, processor, shown, prompt, chosen, max_new_tokens, plot)
     if as_json:
-        return emit({"model": model, "prompt": prompt, "answer": answer, "clip": shown.clip_facts(), "report": report.to_dict(),
+        return emit({"model": model, "prompt": prompt, "answer": answer, **shown.facts(), "report": report.to_dict(),
                      "plot": None if plot is None else str(plot)})
     print(f"{answer}\n\n{report}" + ("" if plot is None else f"\n{plot}"))
 
@@ -157,30 +176,32 @@ def list_methods(markdown: Annotated[bool, typer.Option("--markdown", help="The 
 
 @app.command()
 def viz(out: Annotated[Path, typer.Option(help="The PNG to write.")],
-        image: Annotated[Path | None, typer.Option(help="A picture.")] = None, video: Video = None,
+        image: Annotated[Path | None, typer.Option(help="A picture.")] = None, video: Video = None, audio: Audio = None,
         frames: Frames = None, fps: Fps = None, start: Start = None, end: End = None,
         method: Annotated[str | None, typer.Option(
-            help="As `mmcompress list` shows; default global_rank, and spatio_temporal_merge for a video.")] = None,
+            help=f"As `mmcompress list` shows; default {DEFAULTS['image']}, {DEFAULTS['video']} for a video, "
+                 f"{DEFAULTS['audio']} for a recording.")] = None,
         keep: Own = None, option: Options = None, model: Model = "pico",
-        prompt: Annotated[str, typer.Option(help="For methods that read the question.")] = "describe the picture.",
+        prompt: Annotated[str | None, typer.Option(help="For methods that read the question.")] = None,
         device: Device = "auto", dtype: Dtype = "auto", attn: Attn = "sdpa", as_json: Json = False) -> None:
-    """Draw which tokens of a picture or a clip a method keeps; the language model does not run."""
+    """Draw which tokens of a picture, a clip or a recording a method keeps; the language model does not run."""
     from .asking import draw, open_shown, reduced
-    from .checkpoint import load
+    from .checkpoint import hearing_rate, load
     from .config import WrapConfig
     from .registry import label
 
-    if image is not None and video is not None:
-        raise ValueError("--image and --video: one is drawn at a time; pass one of them")
-    shown = open_shown([] if image is None else [image], video, frames, fps, start, end)
+    if sum(file is not None for file in (image, video, audio)) > 1:
+        raise ValueError("--image, --video and --audio: one is drawn at a time; pass one of them")
+    rate = 0 if audio is None else hearing_rate(model)
+    shown = open_shown([] if image is None else [image], video, frames, fps, start, end, audio, rate)
     [slot] = shown.slots
     reducer = reducer_of(method or DEFAULTS[slot], keep, option, slot)
     loaded, processor = load(model, device, dtype, attn, video=video is not None)
-    item = reduced(loaded, processor, shown, prompt, WrapConfig(**{slot: reducer}))
+    item = reduced(loaded, processor, shown, prompt or QUESTIONS[slot], WrapConfig(**{slot: reducer}))
     draw(shown, item, out)
     if as_json:
         return emit({"reducer": repr(reducer), "tokens_before": item.before, "tokens_after": item.after,
-                     "clip": shown.clip_facts(), "files": [str(out)]})
+                     **shown.facts(), "files": [str(out)]})
     print(f"{label(reducer)}: {item.before} -> {item.after} tokens\n{out}")
 
 
@@ -229,8 +250,9 @@ def reducers_of(given: dict[str, str | None], slots: tuple[str, ...], keep: str 
         said = {slot: DEFAULTS[slot] for slot in slots}
     named = [slot for slot, value in said.items() if isinstance(value, str)]
     if options and len(named) > 1:
-        raise ValueError(f"--option {options[0]}: of the image or of the video reducer? Write them as YAML, such as "
-                         f"--video-reducer '{{name: {said['video']}, keep: 0.25}}'")
+        last = named[-1]
+        raise ValueError(f"--option {options[0]}: of the {' or of the '.join(named)} reducer? Write them as YAML, such as "
+                         f"--{last}-reducer '{{name: {said[last]}, keep: 0.25}}'")
     if said and not named and (keep or options):
         raise ValueError("--keep and --option are for reducers given by name; write them into the YAML")
     return {slot: reducer_of(value, keep, options, slot) if slot in named else registry.build(slot, value)

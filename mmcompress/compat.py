@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import UnsupportedModelError
 
@@ -78,6 +79,14 @@ def check_decoding(call: dict[str, Any]) -> None:
         if call.get(name, getattr(config, name, None)):
             raise ValueError(f"{name}: with layers=[...] the cache's layers have different lengths, which this way of "
                              f"generating does not know; leave it out, or use an image reducer")
+
+
+def check_hooks_recomputed(layer: Any, what: str) -> None:
+    """Raise where gradient checkpointing would run a layer again, with its hooks, when these are gone (before 5.23 or so)."""
+    if layer.training and getattr(layer, "gradient_checkpointing", False) and "__call__" in vars(GradientCheckpointingLayer):
+        raise ValueError(f"{what} with gradient checkpointing of the audio encoder: transformers {transformers.__version__} "
+                         f"runs its layers again without the hooks that merged; pip install -U transformers, or checkpoint the "
+                         f"language model alone")
 
 
 def check_resumed(model: Any, folder: Path) -> None:

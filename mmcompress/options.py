@@ -13,14 +13,15 @@ DEFAULT = "global_rank"                     # the method of demo and eval pico
 Name = Annotated[str, typer.Option("--method", help="A name that `mmcompress list` shows.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 Keep = Annotated[str, typer.Option(help="Share of the picture's tokens in (0, 1], or a count without a dot, such as 186.")]
-Own = Annotated[str | None, typer.Option("--keep", help="Share of the tokens of each picture or clip in (0, 1], or a count "
-                                         "without a dot; default: the method's own, mostly 0.25.")]
+Own = Annotated[str | None, typer.Option("--keep", help="Share of the tokens of each picture, clip or recording in "
+                                         "(0, 1], or a count without a dot; default: the method's own, mostly 0.25.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="A field of the reducer, key=value; repeatable.")]
 Video = Annotated[Path | None, typer.Option(help="A video file, read by --frames or --fps from --start to --end.")]
 Frames = Annotated[int | None, typer.Option(help="Frames of the video, evenly spaced; default 32.")]
 Fps = Annotated[float | None, typer.Option(help="Or frames per second.")]
-Start = Annotated[float | None, typer.Option(help="Seconds into the video; default 0.")]
-End = Annotated[float | None, typer.Option(help="Seconds into the video; default its end.")]
+Audio = Annotated[Path | None, typer.Option(help="A sound file, or a video for its audio track, from --start to --end.")]
+Start = Annotated[float | None, typer.Option(help="Seconds into the video and the audio; default 0.")]
+End = Annotated[float | None, typer.Option(help="Seconds into the video and the audio; default its end.")]
 Model = Annotated[str, typer.Option(help="Hub id or folder of a supported checkpoint, or 'pico', which is embedded.")]
 Device = Annotated[str, typer.Option(help="'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', 'mps'.")]
 Dtype = Annotated[str, typer.Option(help="'auto' (the checkpoint's; float32 on a CPU), 'float32', 'bfloat16', 'float16'.")]
@@ -28,12 +29,12 @@ Where = Annotated[str | None, typer.Option("--positions", help="'closed' or 'ori
 Attn = Annotated[str, typer.Option(help="attn_implementation: 'sdpa', 'eager', 'flash_attention_2'.")]
 
 
-def parse_keep(text: str) -> float | int:
+def parse_keep(text: str, option: str = "--keep") -> float | int:
     """"0.25" -> a share, "186" -> a count; raises ValueError on anything else."""
     try:
         return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
     except ValueError:
-        raise ValueError(f"--keep {text}: a share such as 0.25, or a count such as 186") from None
+        raise ValueError(f"{option} {text}: a share such as 0.25, or a count such as 186") from None
 
 
 def from_yaml(option: str, text: str) -> Any:

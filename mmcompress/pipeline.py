@@ -228,7 +228,7 @@ def _plan_layers(steps: Sequence[Step], prompt: PromptMap | None, ids: Tensor, m
         starts = [int((prompt.column[item.row] == item.columns[0]).nonzero()[0]) for item in found]
     counts = [k if isinstance(k, int) else len(k) for k in kept]
     entering = [item.layout if k == item.layout.tokens else SequenceLayout(k, k) for item, k in zip(found, counts)]
-    spans = [Span(item.row, start, layout) for item, start, layout in zip(found, starts, entering)]
+    spans = [Span(item.row, start, layout, item.modality) for item, start, layout in zip(found, starts, entering)]
     return plan_layers(steps, valid, spans, side, labels, device)
 
 

@@ -36,6 +36,12 @@ _REDUCERS: dict[str, dict[str, str]] = {
         "random": "mmcompress.video.random:Random",
     },
     "audio": {
+        "adaptive_spectral_pool": "mmcompress.audio.adaptive_spectral_pool:AdaptiveSpectralPool",
+        "spectral_pool": "mmcompress.audio.spectral_pool:SpectralPool",
+        "atome": "mmcompress.audio.atome:ATome",
+        "speech_prune": "mmcompress.audio.speech_prune:SpeechPrune",
+        "silence_prune": "mmcompress.audio.silence_prune:SilencePrune",
+        "energy_prune": "mmcompress.audio.energy_prune:EnergyPrune",
         "mean_pool": "mmcompress.audio.mean_pool:MeanPool",
         "stride": "mmcompress.audio.stride:Stride",
         "random": "mmcompress.audio.random:Random",
@@ -45,6 +51,7 @@ _REDUCERS: dict[str, dict[str, str]] = {
         "pyramid_drop": "mmcompress.layers.pyramid_drop:PyramidDrop",
         "stage_pool": "mmcompress.layers.stage_pool:StagePool",
         "in_layer": "mmcompress.layers.in_layer:InLayer",
+        "fastadasp": "mmcompress.audio.fastadasp:FastAdaSP",
     },
 }
 SLOTS = tuple(_REDUCERS)

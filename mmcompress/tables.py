@@ -20,7 +20,7 @@ def methods_shown(found: list[Method]) -> Group:
 
 def _slot_shown(slot: str, found: list[Method]) -> Table:
     table = Table(show_lines=True, expand=True, title=f"slot: {slot}", title_justify="left", title_style="bold")
-    table.add_column("name", no_wrap=True, width=21)
+    table.add_column("name", no_wrap=True, width=22)
     table.add_column("what it is", ratio=1)
     table.add_column("options", width=21, overflow="fold")
     for m in found:

@@ -46,7 +46,9 @@ class Tokens:
     the reducer named in its `captures`; None stands for one that this tower cannot give. `question` (B, Q, D) are the input
     embeddings of the text that follows the picture in its prompt, right-padded, `question_mask` (B, Q) bool which of them are
     real. Inside the language model `features` are the hidden states that enter a decoder layer, and `attention` (B, N)
-    float32 is what the prompt's querying tokens pay each token, softmaxed over all they see, averaged over heads and queries.
+    float32 is what the prompt's querying tokens pay each token, softmaxed over all they see, averaged over heads and queries;
+    `received` (B, N) float32 is what all tokens of the prompt pay it, summed over heads and queries; `decoder_keys`
+    (B, N, H_kv, d) are a decoder layer's keys after rotation. Each is there where the step names it in its `signals`.
     `mel` (B, N, bins) float32 is a recording's log-mel spectrogram as the model heard it, averaged over each token's frames.
     `weights` are the language model's query and key weights of its first layer, (H, d, D) and (H_kv, d, D), for reducers that
     say `reads_first_layer`.
@@ -60,6 +62,8 @@ class Tokens:
     attention: Tensor | None = None
     mel: Tensor | None = None
     weights: tuple[Tensor, Tensor] | None = None
+    received: Tensor | None = None
+    decoder_keys: Tensor | None = None
 
     @property
     def places(self) -> Places:
@@ -81,15 +85,15 @@ class Tokens:
     def first_layer(self) -> tuple[Tensor, Tensor]:
         """Query weights (H, d, D) and key weights (H_kv, d, D) of the language model's first layer."""
         if self.weights is None:
-            raise SignalError("there are no weights of a first layer here: the model has no language model that reads sound and "
-                              "question in one prompt (Whisper), or the reducer does not say `reads_first_layer`")
+            raise SignalError("there are no weights of a first layer here: the model has no language model that reads sound "
+                              "and question in one prompt (Whisper), or the reducer does not say `reads_first_layer`")
         return self.weights
 
     def cut(self, start: int, end: int, layout: Any) -> Tokens:
         """The tokens from `start` to `end` alone, as items of their own layout. For recordings: no vision layers."""
         part = lambda x: None if x is None else x[:, start:end]  # noqa: E731
         return replace(self, features=self.features[:, start:end], layout=layout, vision={}, attention=part(self.attention),
-                       mel=part(self.mel))
+                       mel=part(self.mel), received=part(self.received), decoder_keys=part(self.decoder_keys))
 
     def layer(self, layer: int) -> LayerState:
         """Queries and keys of one vision layer; raises SignalError if they were not captured or cannot be."""
@@ -108,6 +112,20 @@ class Tokens:
             raise SignalError("the language model's attention to the picture exists inside it only; pass this reducer to "
                               "wrap(model, layers=[...]), not as image=...")
         return self.attention
+
+    def received_attention(self) -> Tensor:
+        """Attention of all tokens of the prompt (B, N) float32, a sum; raises SignalError where it was not read."""
+        if self.received is None:
+            raise SignalError("the attention that tokens receive exists inside the language model, where a step names "
+                              "'received' in its signals; pass this reducer to wrap(model, layers=[...])")
+        return self.received
+
+    def layer_keys(self) -> Tensor:
+        """A decoder layer's rotated keys (B, N, H_kv, d); raises SignalError where they were not read."""
+        if self.decoder_keys is None:
+            raise SignalError("a decoder layer's keys exist inside the language model, where a step names 'keys' in its "
+                              "signals; pass this reducer to wrap(model, layers=[...])")
+        return self.decoder_keys
 
     def has_cls(self, layer: int = -1) -> bool:
         """Whether the vision tower puts a [CLS] token before its patches."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from torch import Tensor
 from . import calls, registry, seq2seq
 from .adapters import Encoded, adapter_for, known_model_types
 from .compat import base_of, check_layers
-from .config import Positions, WrapConfig, build_layers
+from .config import MODALITIES, Positions, WrapConfig, build_layers
 from .errors import UnsupportedModelError, WrapError
 from .flops import prefill_flops
+from .layers.base import works_on
 from .layers.run import enter_layer
 from .pipeline import Items, Run, captures_of, reduce_inputs
 from .prompt import PromptMap
@@ -98,7 +99,9 @@ def compress(model: Any, inputs: Any, *, image: Any = None, video: Any = None, a
     if not (adapter.has_images(inputs) or adapter.has_videos(inputs) or adapter.has_audio(inputs)):
         return dict(inputs)
     if adapter.seq2seq:
-        return seq2seq.reduce_inputs(adapter, inputs, config)
+        held = base.__dict__.get(_STATE)                        # the encoder of a wrapped model reduces already
+        with nullcontext() if held is None else held.disable():
+            return seq2seq.reduce_inputs(adapter, inputs, config)
     return adapter.take_in(reduce_inputs(adapter, inputs, config).inputs)
 
 
@@ -134,6 +137,7 @@ class Wrapped:
         self._hooks: list[Any] = []
         self.begun: Run | None = None              # while generate of a seq2seq model runs: the record of all its windows
         self.mark: Any = None                      # when its encoder began
+        self.merging: Any = None                   # while it runs: what a reducer does inside it
         self._check(config)
         self.run: Run | None = None                # the record of the last reduced call
         self.ids: Tensor | None = None             # its input_ids
@@ -158,6 +162,11 @@ class Wrapped:
             self._hook_layers()
 
     def _check(self, config: WrapConfig) -> None:
+        can = [slot for slot in MODALITIES if self.adapter.reads(slot)]
+        for reducer in config.layers:
+            if not any(works_on(reducer, modality) for modality in can):
+                raise UnsupportedModelError(f"{type(reducer).__name__} reduces recordings, and {type(self.model).__name__} "
+                                            f"does not hear; use FastV, PyramidDrop or StagePool")
         if self.adapter.seq2seq and config.layers:
             raise UnsupportedModelError(f"{type(self.model).__name__} has no prompt with sound in it, so layers=[...] has "
                                         f"nothing to reduce; use audio=...")
@@ -166,10 +175,8 @@ class Wrapped:
         if steps and self.adapter.mrope:
             raise UnsupportedModelError(f"{type(self.model).__name__}: layers=[...] does not know its multi-dimensional rotary "
                                         f"positions; use image=... and video=...")
-        for slot, can, verb in (("image", self.adapter.encoder_inputs, "sees no pictures"),
-                                ("video", self.adapter.video_inputs or self.adapter.reads_clips, "reads no clips"),
-                                ("audio", self.adapter.audio_inputs, "does not hear")):
-            if getattr(config, slot) is not None and not can:
+        for slot, verb in (("image", "sees no pictures"), ("video", "reads no clips"), ("audio", "does not hear")):
+            if getattr(config, slot) is not None and not self.adapter.reads(slot):
                 raise UnsupportedModelError(f"{type(self.model).__name__} {verb}, so {slot}=... has nothing to reduce; "
                                             f"adapters/README.md lists what each family takes (of known model types: "
                                             f"{', '.join(known_model_types())})")
@@ -224,23 +231,28 @@ class Wrapped:
                       depth=depth, tokens_mean=sum(run.tokens_by_layer(depth)) / depth, layers=describe_layers(run, depth))
 
     def plot(self, image: Any, item: int = 0, layer: int | None = None, **options: Any) -> Any:
-        """The kept tokens over the picture, or over a strip of a clip's frames: a matplotlib Figure.
+        """The kept tokens over the picture, a strip of a clip's frames or a recording's spectrogram: a matplotlib Figure.
 
-        image    the picture; of a clip its frames: (T, H, W, 3) uint8, a list of pictures, or what `video.read` gave
-        item     numbers the pictures and clips of the last call, as `last` lists them
+        image    the picture; of a clip its frames: (T, H, W, 3) uint8, a list of pictures, or what `video.read` gave; of a
+                 recording what `audio.load` gave, or its samples (T,) with `sample_rate=`
+        item     numbers the pictures, clips and recordings of the last call, as `last` lists them
         layer    what this decoder layer still saw; None: what entered the language model
-        options  of `viz.plot_strip` for clips
+        options  of `viz.plot_strip` for clips, of `viz.plot_spans` for recordings
         """
         if not self.last:
-            raise ValueError("nothing to plot: call the wrapped model with a picture first")
+            raise ValueError("nothing to plot: call the wrapped model with a picture, a clip or a recording first")
         if not 0 <= item < len(self.last):
-            raise ValueError(f"item={item}: the last call had {len(self.last)} pictures, numbered from 0")
+            raise ValueError(f"item={item}: the last call had {len(self.last)} pictures, clips and recordings, numbered from 0")
         shown = self.last[item]
         kept = shown if layer is None else shown.at(layer)
         if shown.modality == "video":
             from .viz.strip import plot_strip
 
             return plot_strip(image, kept, **options)
+        if shown.modality == "audio":
+            from .viz.spectrogram import plot_spans
+
+            return plot_spans(image, kept, **options)
         from .viz.overlay import plot_kept
 
         return plot_kept(image, kept, **options)

@@ -603,7 +603,7 @@ def test_errors_say_what_to_do(model):
     both = mmcompress.wrap(model, image=Uniform(keep=0.5), layers=[StagePool(2, 4, dims=2)])
     with pytest.raises(SignalError, match=r"places on it are no longer a grid"), both as w:
         w(**make_inputs(model, [[(48, 48)]]))
-    with pytest.raises(ValueError, match=r"compress\(\) reduces pictures and clips before the language model"):
+    with pytest.raises(ValueError, match=r"compress\(\) reduces pictures, clips and recordings before the language model"):
         mmcompress.compress(model, {}, image=None)
     inputs = make_inputs(model, [[(48, 48)]])
     with wrapped(model, FastV(2, 0.5)) as w:

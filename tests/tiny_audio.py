@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -67,13 +67,13 @@ def _qwen2_5_omni_thinker(**options):
     return transformers.Qwen2_5OmniThinkerForConditionalGeneration._from_config(config, **options)
 
 
-def whisper(seed=0, states=STATES, **options):
+def whisper(seed=0, states=STATES, targets=64, **options):
     torch.manual_seed(seed)
     config = transformers.WhisperConfig(
         vocab_size=VOCAB, num_mel_bins=BINS, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=states, max_target_positions=64,
-        pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS, decoder_start_token_id=1, init_std=0.2, suppress_tokens=None,
-        begin_suppress_tokens=None)
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=states,
+        max_target_positions=targets, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS,
+        decoder_start_token_id=1, init_std=0.2, suppress_tokens=None, begin_suppress_tokens=None)
     model = transformers.WhisperForConditionalGeneration._from_config(config, **options).eval()
     model.generation_config.update(suppress_tokens=None, begin_suppress_tokens=None,
                                    is_multilingual=False, max_length=40, pad_token_id=PAD, eos_token_id=EOS,
@@ -95,8 +95,8 @@ class Recording:
 class FilmWithSound:
     """A clip whose tokens and its sound's stand in turn (Qwen2.5-Omni's `use_audio_in_video`)."""
 
-    film: Film = Film(8, (16, 24))
-    recording: Recording = Recording(180)
+    film: Film = field(default_factory=lambda: Film(8, (16, 24)))
+    recording: Recording = field(default_factory=lambda: Recording(180))
 
 
 def rows_for(family):

@@ -11,23 +11,28 @@ from typing import Any, Literal
 from ..tokens import Reducer
 
 Positions = Literal["closed", "original"]
+Signal = Literal["paid", "received", "keys"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One reduction of every picture's tokens at the input of one decoder layer.
+    """One reduction of every item's tokens at the input of one decoder layer.
 
     layer       decoder layer, counted from 0, that no longer sees the dropped tokens
-    reducer     count(layout) -> k, and Tokens -> Reduction, exactly as an image reducer; its features are hidden states
-    reads       decoder layer whose attention from the prompt's querying tokens it needs as `Tokens.attention`
-                (`layer` or the one before); None: none
+    reducer     count(layout) -> k, and Tokens -> Reduction, exactly as an image reducer; its features are hidden states. It
+                takes pictures, clips and recordings, or those that its attribute `modalities` names
+    reads       decoder layer whose signals it needs (`layer` or the one before); None: none
     positions   "original": what stays keeps its rotary position; "closed": positions close up from this layer on
+    signals     what it needs of the layer it reads: "paid", the attention of the prompt's querying tokens
+                (`Tokens.text_attention`), "received", that of all its tokens (`Tokens.received_attention`), "keys"
+                (`Tokens.layer_keys`)
     """
 
     layer: int
     reducer: Reducer
     reads: int | None = None
     positions: Positions = "original"
+    signals: tuple[Signal, ...] = ("paid",)
 
 
 class LayerReducer(ABC):
@@ -36,6 +41,10 @@ class LayerReducer(ABC):
     @abstractmethod
     def steps(self) -> tuple[Step, ...]:
         """Its reductions, by layer."""
+
+    def within(self, depth: int) -> LayerReducer:
+        """The same for a language model of `depth` layers; only schedules up to its last layer differ."""
+        return self
 
 
 def check_layer(name: str, layer: Any) -> None:
@@ -50,9 +59,16 @@ def check_positions(positions: Any) -> None:
         raise ValueError(f"positions={positions!r}: 'closed' or 'original'")
 
 
+def works_on(reducer: Any, modality: str) -> bool:
+    """Whether a step's reducer takes items of a modality: all of them, unless it names some as its `modalities`."""
+    named = getattr(reducer, "modalities", None)
+    return named is None or modality in named
+
+
 def steps_of(layers: Sequence[Any], depth: int) -> tuple[Step, ...]:
     """All steps of some layer reducers, by layer; raises if the model has too few layers or two steps meet at one."""
-    steps = sorted((step for reducer in layers for step in reducer.steps()), key=lambda step: step.layer)
+    fitted = (reducer.within(depth) if isinstance(reducer, LayerReducer) else reducer for reducer in layers)
+    steps = sorted((step for reducer in fitted for step in reducer.steps()), key=lambda step: step.layer)
     for step in steps:
         if step.layer >= depth:
             raise ValueError(f"{type(step.reducer).__name__} at layer {step.layer}: this language model has {depth} layers, "

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from ..layout import SequenceLayout
 from ..prompt import close_up
-from .base import Step
+from .base import Step, works_on
 
 
 @dataclass(frozen=True)
 class Span:
-    """A picture's tokens in a row of the prompt that enters the language model: `layout.tokens` columns from `start`."""
+    """An item's tokens in a row of the prompt that enters the language model: `layout.tokens` columns from `start`."""
 
     row: int
     start: int
     layout: Any
+    modality: str = "image"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +53,15 @@ class Stage:
 
     `column` (B, L') int64: for each column from this layer on, the column it has among those that reach the layer, -1 padding;
     pictures' columns are those of their first tokens until data decides. `queries` (B, Q) int64: the querying tokens'
-    columns among those that reach the layer, -1 padding.
+    columns among those that reach the layer, -1 padding. `prompt` (B, L) bool: which columns that reach the layer are tokens of
+    the prompt and not of its answers, whose attention received is counted.
     """
 
     step: Step
     column: Tensor
     full: bool                  # no column is padding
     queries: Tensor
+    prompt: Tensor
     groups: list[Group]
 
     @property
@@ -67,12 +70,13 @@ class Stage:
 
     def repeat(self, times: int) -> Stage:
         return replace(self, column=self.column.repeat_interleave(times, 0), queries=self.queries.repeat_interleave(times, 0),
-                       groups=[g.repeat(times) for g in self.groups])
+                       prompt=self.prompt.repeat_interleave(times, 0), groups=[g.repeat(times) for g in self.groups])
 
     def extend(self, before: int, columns: int) -> Stage:
         """With `columns` more text columns at the right end of prompts that were `before` columns long when they reached it."""
         more = torch.arange(before, before + columns, device=self.column.device).expand(len(self.column), -1)
-        return replace(self, column=torch.cat([self.column, more], 1))
+        return replace(self, column=torch.cat([self.column, more], 1),
+                       prompt=torch.nn.functional.pad(self.prompt, (0, columns), value=False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,15 +112,17 @@ def plan_layers(steps: Sequence[Step], valid: Tensor, spans: Sequence[Span], sid
     """Plan the steps for prompts whose columns are real where `valid` (B, L) bool; None if nothing goes.
 
     labels  (B, L) of the same prompts on the host, -100 outside answers: the querying tokens are then those before
-            each answer; None: the last token of each prompt
+            each answer, and attention received is that of tokens outside answers; None: the last token of each prompt, and
+            that of all of them
     """
-    queries = _queries(valid, labels)
+    queries, prompt = _queries(valid, labels), _outside_answers(valid, labels)
     live = torch.arange(valid.shape[1]).expand(len(valid), -1).masked_fill(~valid, -1)      # (B, L): prompt column of each
     starts, layouts = [s.start for s in spans], [s.layout for s in spans]
     rows = [s.row for s in spans]
     stages: list[Stage] = []
     for step in steps:
-        counts = [step.reducer.count(layout) for layout in layouts]
+        counts = [step.reducer.count(layout) if works_on(step.reducer, span.modality) else layout.tokens
+                  for span, layout in zip(spans, layouts)]
         if all(k == layout.tokens for k, layout in zip(counts, layouts)):
             continue
         stays = live >= 0
@@ -126,9 +132,11 @@ def plan_layers(steps: Sequence[Step], valid: Tensor, spans: Sequence[Span], sid
         place = _inverse(column, live.shape[1])                                             # (B, L): where each column goes
         after = [int(place[row, start]) for row, start in zip(rows, starts)]
         groups = _groups(layouts, counts, rows, starts, after, device)
-        stages.append(Stage(step, column.to(device), bool((column >= 0).all()), queries.to(device), groups))
+        stages.append(Stage(step, column.to(device), bool((column >= 0).all()), queries.to(device), prompt.to(device),
+                            groups))
         queries = torch.where(queries < 0, -1, place.gather(1, queries.clamp_min(0)))
         live = live.gather(1, column.clamp_min(0)).masked_fill(column < 0, -1)
+        prompt = prompt.gather(1, column.clamp_min(0)) & (column >= 0)
         starts = after
         layouts = [layout if k == layout.tokens else SequenceLayout(k, layout.entered) for layout, k in zip(layouts, counts)]
     return LayerPlan(len(valid), valid.shape[1], stages, live) if stages else None
@@ -146,6 +154,14 @@ def _queries(valid: Tensor, labels: Tensor | None) -> Tensor:
     none = ~before.any(1)
     before[none.nonzero()[:, 0], last[none].clamp_min(0)] = True
     return close_up(before, "right")
+
+
+def _outside_answers(valid: Tensor, labels: Tensor | None) -> Tensor:
+    """Which columns are a prompt's tokens and none of its answers', or all its tokens where nothing else is. (B, L) bool"""
+    if labels is None:
+        return valid
+    outside = valid & (labels == -100)
+    return torch.where(outside.any(1, keepdim=True), outside, valid)
 
 
 def _inverse(column: Tensor, length: int) -> Tensor:

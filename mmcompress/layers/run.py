@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..tokens import LayerState, Reduction, Tokens
-from .attention import attention_paid
+from .attention import Reading
+from .base import Signal
 from .held import Held
 from .masks import Columns, fit_mask
 from .plan import Group, LayerPlan, Stage
@@ -62,7 +63,7 @@ class LayerRun:
         self.stages: list[Stage] = plan.stages if plan is not None else []
         self.chosen: dict[int, Tensor] = {}         # stage -> (B, L') column among those that reach its layer, -1 padding
         self.whole: dict[int, Tensor] = {}          # stage -> the same among the columns of the call
-        self.paid: dict[int, Tensor] = {}           # stage -> (B, L) float32 attention of the querying tokens
+        self.read: dict[int, dict[Signal, Tensor]] = {}     # stage -> what it needs of the columns that reach its layer
         self.fitted: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     # entering a layer ---------------------------------------------------------------------------------------------
@@ -75,19 +76,26 @@ class LayerRun:
         for number, stage in enumerate(self.stages):
             if stage.step.layer == layer:
                 if stage.step.reads == layer:
-                    self._score(number, module, hidden, self._fit(layer, number, hidden, kwargs))
+                    self._read(number, module, hidden, self._fit(layer, number, hidden, kwargs))
                 hidden = self._reduce(number, hidden)
         now = self._fit(layer, sum(s.step.layer <= layer for s in self.stages), hidden, kwargs)
         for number, stage in enumerate(self.stages):
             if stage.step.reads == layer < stage.step.layer:
-                self._score(number, module, hidden, now)
+                self._read(number, module, hidden, now)
         return hidden, now
 
-    def _score(self, number: int, module: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        if number not in self.paid:
-            with torch.no_grad():
-                self.paid[number] = attention_paid(module, hidden, self.stages[number].queries.to(hidden.device), kwargs,
-                                                   self._new_columns(number, hidden.device))
+    def _read(self, number: int, module: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Keep the signals that a stage needs of this layer: (B, L) float32, keys (B, L, H_kv, d)."""
+        if number in self.read:
+            return
+        stage = self.stages[number]
+        with torch.no_grad():
+            of = Reading(module, hidden, kwargs, self._new_columns(number, hidden.device))
+            how: dict[Signal, Callable[[], Tensor]] = {
+                "paid": lambda: of.paid(stage.queries.to(hidden.device)),
+                "received": lambda: of.received(stage.prompt.to(hidden.device)),
+                "keys": lambda: of.keys.transpose(1, 2)}
+            self.read[number] = {signal: how[signal]() for signal in stage.step.signals}
 
     def _reduce(self, number: int, hidden: Tensor) -> Tensor:
         """The tokens that stay, gathered; merged ones put in their place. (B, L, D) -> (B, L', D)"""
@@ -113,10 +121,10 @@ class LayerRun:
 
     def _reduction(self, number: int, group: Group, row: Tensor, before: Tensor, hidden: Tensor) -> Reduction:
         reducer = self.stages[number].step.reducer
-        paid = self.paid.get(number)
+        read = {signal: held.to(hidden.device)[row, before] for signal, held in self.read.get(number, {}).items()}
         x = Tokens(features=hidden[row, before], layout=group.layout,
                    vision=self.vision(group.items) if self.vision is not None else {},
-                   attention=None if paid is None else paid.to(hidden.device)[row, before])
+                   attention=read.get("paid"), received=read.get("received"), decoder_keys=read.get("keys"))
         reduction = reducer(x)
         if tuple(reduction.index.shape) != (len(row), group.count):
             raise ValueError(f"{type(reducer).__name__} returned {tuple(reduction.index.shape)} tokens where count() promised "

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from ..errors import SignalError
+from ..layout import SequenceLayout
 from ..ops.pooling import average_by_slot, slots_on_device
 from ..tokens import ImageLayout, Layout, Reduction, Tokens, identity
 from .base import LayerReducer, Positions, Step, check_layer, check_positions
@@ -101,7 +103,10 @@ def place_row(layout: ImageLayout, place: int) -> int:
 def _blocks(layout: Any, stride: int) -> list[tuple[Any, ...]]:
     """A key for the block of each token, in sequence order."""
     if not isinstance(layout, ImageLayout):
-        layout.places()                                                         # raises: no geometry is left
+        if isinstance(layout, SequenceLayout):
+            layout.places()                                                     # raises: no geometry is left
+        raise SignalError("StagePool(dims=2) averages blocks of a picture, and this call holds a clip or a recording; pass "
+                          "dims=1, which averages runs of any sequence")
     a = max(d for d in range(1, int(stride**0.5) + 1) if stride % d == 0)
     b = stride // a
     height, width = layout.tile
