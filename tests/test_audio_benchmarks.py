@@ -93,3 +93,41 @@ def test_costs(tmp_path, monkeypatch):
     for row in rows:
         assert float(row["cache_ratio"]) == float(row["claimed_ratio"]) == pytest.approx(0.4)
         assert float(row["encoder_ms"]) > 0 and float(row["reducer_ms"]) > 0 and row["torch"] and row["n"] == "1"
+
+
+# A naive rewrite of the authors' rule, one pair at a time, under the names that the benchmark looks for.
+STAND_IN = '''
+import an_old_transformers
+
+
+class QWenBlock:
+    def merge_hidden_states(self, hidden, similarity, method, ratio, weight):
+        print("merging")
+        k, out = int(hidden.shape[1] * ratio), []
+        for row in range(len(hidden)):
+            joined = set(similarity[row].argsort(descending=True)[:k].tolist())
+            tokens, run = [], [0]
+            for i in range(hidden.shape[1]):
+                if i in joined:
+                    run.append(i + 1)
+                    continue
+                w = torch.ones(len(run)) if weight is None else weight[row, run]
+                tokens.append((hidden[row, run] * w[:, None]).sum(0) / w.sum() * FACTOR)
+                run = [i + 1]
+            out.append(torch.stack(tokens))
+        return torch.stack(out)
+'''
+
+
+@pytest.mark.parametrize("factor, code", [("1.0", 0), ("1.001", 1)])
+def test_fastadasp_parity_tells_their_rule_from_another(tmp_path, monkeypatch, factor, code):
+    parity = importlib.import_module("fastadasp_parity")
+    monkeypatch.setattr(parity, "SHAPES", parity.SHAPES[:2])
+    file = tmp_path / "authors" / parity.FILE
+    file.parent.mkdir(parents=True)
+    file.write_text(STAND_IN.replace("FACTOR", factor))
+    out = tmp_path / "parity.csv"
+    assert parity.main(["--authors", str(tmp_path / "authors"), "--seeds", "1", "--out", str(out)]) == code
+    assert [r["cases"] for r in read(out)] == ["14", "14"]
+    with pytest.raises(SystemExit, match="checkout of the authors"):
+        parity.main(["--authors", str(tmp_path)])

@@ -26,8 +26,13 @@ def speech():
         yield importlib.import_module("speech")
     finally:
         sys.path.remove(str(BENCHMARKS))
-        for name in ("speech", "common"):
+        for name in ("speech", "speech_corpus", "common"):
             sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def corpus(speech):
+    return importlib.import_module("speech_corpus")
 
 
 def brute(ref, hyp):
@@ -115,9 +120,9 @@ def test_a_paired_difference_is_narrower_than_the_two_rates(speech):
         speech.difference(base, base[1:])
 
 
-def test_a_corpus_is_read_back_as_written(speech, tmp_path):
+def test_a_corpus_is_read_back_as_written(speech, tmp_path, corpus):
     audio = np.linspace(-1, 1, 16_000, dtype=np.float32)
-    speech.write_wav(tmp_path / "a.wav", audio)
+    corpus.write_wav(tmp_path / "a.wav", audio)
     entry = {"file": "a.wav", "text": "Hello.", "source": "s", "voice": "v", "seconds": 1.0}
     (tmp_path / "manifest.json").write_text(json.dumps({"made_with": {}, "clips": [entry]}))
     (clip,) = speech.read_corpus(tmp_path)
@@ -131,33 +136,33 @@ def test_a_corpus_is_read_back_as_written(speech, tmp_path):
         speech.read_corpus(tmp_path / "none")
 
 
-def test_clips_lie_within_their_span_and_end_with_their_runs(speech):
+def test_clips_lie_within_their_span_and_end_with_their_runs(corpus):
     tone = np.sin(np.arange(16_000 * 4) / 10).astype(np.float32)                    # each line lasts 4 s
     quiet = np.concatenate([np.zeros(9000, np.float32), tone, np.zeros(5000, np.float32)])
     runs = [[(f"one two three four five six seven eight {i} {j}", None) for j in range(9)] for i in range(5)]
     left = list(runs)
-    clips = list(speech.fill(left, lambda key: quiet, 3, (18.0, 28.0), 99, random.Random(0)))
+    clips = list(corpus.fill(left, lambda key: quiet, 3, (18.0, 28.0), 99, random.Random(0)))
     assert len(clips) == 3 and left == [*runs[3:], *(run[6:] for run in runs[:3])]      # 3 lines cannot fill 18 s
     for i, (text, audio) in enumerate(clips):
         lines = text.count("one")
         assert 18 <= len(audio) / 16_000 <= 28 and text.split()[8] == str(i)
         assert lines == 6 and 6 * 4 < len(audio) / 16_000 < 6 * 4.06 + 5 * 0.6      # silence went, pauses came
-    assert list(speech.fill(list(runs), lambda key: quiet, 3, (18.0, 28.0), 2, random.Random(0))) == []
+    assert list(corpus.fill(list(runs), lambda key: quiet, 3, (18.0, 28.0), 2, random.Random(0))) == []
 
 
-def test_only_words_seen_in_lower_case_are_plain(speech):
-    words = speech.lower_case(["We saw the big dogs, didn't we? Rover ran."])
+def test_only_words_seen_in_lower_case_are_plain(corpus):
+    words = corpus.lower_case(["We saw the big dogs, didn't we? Rover ran."])
     assert words >= {"we", "saw", "didn't", "ran", "a", "i"} and not words & {"rover", "t"}
-    assert speech.plain("The BIG dogs ran...", words)
+    assert corpus.plain("The BIG dogs ran...", words)
     for text in ("The Rover ran", "The 2 dogs", "The dogs (ran)", "the cats"):
-        assert not speech.plain(text, words)
-    assert speech.lower_case(["big dogs", "big cats"], least=2) >= {"big"}
-    runs = speech.consecutive([(1, "a"), (2, "b"), (5, "c"), (6, "d"), (7, "e")], gap=2, most=2)
+        assert not corpus.plain(text, words)
+    assert corpus.lower_case(["big dogs", "big cats"], least=2) >= {"big"}
+    runs = corpus.consecutive([(1, "a"), (2, "b"), (5, "c"), (6, "d"), (7, "e")], gap=2, most=2)
     assert runs == [["a", "b"], ["c", "d"], ["e"]]
 
 
-def test_the_prefix_code_is_prefix_free_and_decodes_what_it_encodes(speech):
-    codes = speech.prefix_code(speech.LEAVES)
+def test_the_prefix_code_is_prefix_free_and_decodes_what_it_encodes(corpus):
+    codes = corpus.prefix_code(corpus.LEAVES)
     bits = {f"{code:0{size}b}": letter for (size, code), letter in codes.items()}
     assert len(bits) == len(codes)
     assert not any(a != b and b.startswith(a) for a in bits for b in bits)
@@ -172,7 +177,7 @@ def test_the_prefix_code_is_prefix_free_and_decodes_what_it_encodes(speech):
     head = 4 + 2
     section = (head.to_bytes(2, "little") + (head + len(sizes)).to_bytes(2, "little")
                + sum(sizes[:32]).to_bytes(2, "little") + bytes(sizes) + data)
-    assert [speech.sky_text(section, i, codes) for i in range(45)] == texts
+    assert [corpus.sky_text(section, i, codes) for i in range(45)] == texts
 
 
 def pack_rnc(tokens):
@@ -227,7 +232,7 @@ def pack_rnc(tokens):
     return bytes(data)
 
 
-def test_rnc_is_unpacked_as_packed(speech):
+def test_rnc_is_unpacked_as_packed(corpus):
     tokens = [(b"abcdefgh", (3, 9)), (b"", (8, 300)), (b"xyz" * 50, (1, 2)), (b"end", None)]
     want = bytearray()
     for literals, match in tokens:
@@ -236,9 +241,9 @@ def test_rnc_is_unpacked_as_packed(speech):
             want.append(want[-match[0]])
     body = pack_rnc(tokens)
     head = b"RNC\1" + len(want).to_bytes(4, "big") + len(body).to_bytes(4, "big") + bytes(5) + b"\1"
-    assert speech.unpack_rnc(head + body) == want
+    assert corpus.unpack_rnc(head + body) == want
     with pytest.raises(ValueError, match="expected"):
-        speech.unpack_rnc(b"RNC\1" + (len(want) + 1).to_bytes(4, "big") + (head + body)[8:])
+        corpus.unpack_rnc(b"RNC\1" + (len(want) + 1).to_bytes(4, "big") + (head + body)[8:])
 
 
 class Words:
@@ -268,12 +273,12 @@ def whisper():
     return model
 
 
-def test_states_are_decoded_as_the_sound_itself_is_and_each_in_its_place(speech, whisper, tmp_path):
+def test_states_are_decoded_as_the_sound_itself_is_and_each_in_its_place(speech, whisper, tmp_path, corpus):
     rng = np.random.default_rng(0)
     clips = []
     for i, seconds in enumerate((1.0, 2.01, 0.5)):
         t = np.arange(int(16_000 * seconds)) / 16_000
-        speech.write_wav(tmp_path / f"{i}.wav", 0.5 * np.sin(2 * np.pi * 10 ** (2 + 0.7 * i) * t) + rng.normal(0, 0.01, len(t)))
+        corpus.write_wav(tmp_path / f"{i}.wav", 0.5 * np.sin(2 * np.pi * 10 ** (2 + 0.7 * i) * t) + rng.normal(0, 0.01, len(t)))
         clips.append(speech.Clip(f"{i}.wav", "w1 w2", "s", "v", seconds, tmp_path))
     processor = Words()
     states, frames = speech.encode(whisper, processor, clips, batch=2, cache=tmp_path / "states.pt")
