@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmcompress.compat import check_thinker
 from mmcompress.layout import AudioLayout
 
 from .audio import MEL_RATE, Encoded, mel_by_token, pooled_tokens, refuse_merging, regroup
@@ -24,6 +25,10 @@ class Qwen25OmniAdapter(Qwen25VLAdapter):
     """
 
     audio_inputs = ("input_features", "feature_attention_mask", "audio_feature_lengths")
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        check_thinker(model)
 
     @property
     def dropped(self) -> tuple[str, ...]:

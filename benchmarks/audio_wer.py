@@ -4,8 +4,9 @@
     python benchmarks/audio_wer.py corpus --model whisper-tiny.en --out out/audio_wer.csv
 
 Every reducer that needs no question, at equal counts; clips are encoded once (but for reducers that work inside the encoder),
-greedy decoding of one window. Differences are paired over clips. `--log` keeps every finished setting, so that a run can go on.
-Writes CSV, and PNG beside it.
+greedy decoding of one window. Differences are paired over clips. Words are few, so the finer measure stands beside them: the
+Kullback-Leibler divergence of the decoder's next-token distribution from that with all states, along the stock transcript, in
+thousandths of a nat a token. `--log` keeps every finished setting, so that a run can go on. Writes CSV, and PNG beside it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import positive, print_table, versions, write_csv
-from speech import RATE, Clip, Errors, difference, encode, read_corpus, score, word_error_rate
+from speech import RATE, Clip, Errors, difference, encode, read_corpus, transcribe, word_error_rate, word_errors
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,10 +29,18 @@ from mmcompress.config import WrapConfig
 from mmcompress.registry import build, label, reducer_class
 from mmcompress.seq2seq import encoded_states
 
-KEEPS = (0.75, 0.5, 0.33, 0.25)
+KEEPS = (0.75, 0.5, 0.33, 0.25, 0.15)
 BASELINES = ("stride", "mean_pool")
 COLUMNS = ("method", "keep", "clips", "n", "words", "wer", "low", "high", "states", "sub", "del", "ins", "vs_all", "vs_all_pm",
-           *(f"vs_{name}{pm}" for name in BASELINES for pm in ("", "_pm")))
+           *(f"vs_{name}{pm}" for name in BASELINES for pm in ("", "_pm")), "kl", "kl_pm")
+SHOWN = tuple(c for c in COLUMNS if c not in ("clips", "n", "words", "states", "sub", "del", "ins"))
+
+
+class Found(NamedTuple):
+    """What one setting made of the clips."""
+    errors: list[Errors]
+    kl: list[tuple[float, int]]             # nats, tokens
+    said: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()                # generate() warns of what Whisper's own does
     model = transformers.WhisperForConditionalGeneration.from_pretrained(options.model).eval()
     processor = transformers.WhisperProcessor.from_pretrained(options.model)
     everything = read_corpus(options.corpus)
@@ -55,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = slice(options.first, None, options.every)
     clips, states = everything[chosen], states[chosen]
     settings = [(m, k) for m in chosen_methods(options.methods) for k in options.keep]
-    errors = measure(model, processor, clips, states, settings, options.log)
-    rows = table(errors, clips)
+    found = measure(model, processor, clips, states, settings, options.log)
+    rows = table(found, clips)
     write_csv(options.out, [{**row, **versions(model.device, model.dtype)} for row in rows])
-    print_table(f"word error rate, {options.model.name}, greedy", [r for r in rows if r["clips"] == "all"], COLUMNS)
+    print_table(f"word error rate, {options.model.name}, greedy", [r for r in rows if r["clips"] == "all"], SHOWN)
     draw(rows, options.out.with_suffix(".png"))
     print(f"{options.out}\n{options.out.with_suffix('.png')}")
 
@@ -73,29 +83,54 @@ def chosen_methods(text: str | None) -> list[Any]:
 
 
 def measure(model: Any, processor: Any, clips: Sequence[Clip], states: Tensor, settings: Iterable[tuple[Any, float]],
-            log: Path | None) -> dict[tuple[str, float], list[Errors]]:
-    """(method, keep) -> the errors of each clip; keep 1 is the stock model."""
-    texts, names = [c.text for c in clips], [c.file for c in clips]
-    done = {(m, k): e for m, k, e in _logged(log, names)}
-    out: dict[tuple[str, float], list[Errors]] = {}
+            log: Path | None) -> dict[tuple[str, float], Found]:
+    """(method, keep) -> what was found; keep 1 is the stock model."""
+    names = [c.file for c in clips]
+    out = {key: found for key, found in _logged(log, names)}
+    said = None
     for method, keep in tqdm([("all", 1.0), *settings], unit="setting", desc="score"):
         name = method if isinstance(method, str) else label(build("audio", method))
-        if (errors := done.get((name, keep))) is None:
-            reduced = states if method == "all" else reduce_states(model, processor, clips, states, method, keep)
-            errors = score(model, processor, reduced, texts)
-            if log is not None:
-                with log.open("a") as file:
-                    print(json.dumps({"method": name, "keep": keep, "clips": names, "errors": errors}), file=file)
-        out[name, keep] = errors
-    return out
+        if (name, keep) in out:
+            said = out[name, keep].said if method == "all" else said
+            continue
+        reduced = states if method == "all" else reduce_states(model, processor, clips, states, method, keep)
+        texts = transcribe(model, processor, reduced, order=[len(c.text) for c in clips])
+        said = texts if said is None else said
+        errors = [word_errors(c.text, text) for c, text in zip(clips, texts)]
+        found = Found(errors, divergences(model, processor, states, reduced, said), texts)
+        if log is not None:
+            with log.open("a") as file:
+                print(json.dumps({"method": name, "keep": keep, "clips": names, **found._asdict()}), file=file)
+        out[name, keep] = found
+    return {key: out[key] for key in [("all", 1.0), *((m if isinstance(m, str) else label(build("audio", m)), k)
+                                                      for m, k in settings)]}
 
 
-def _logged(log: Path | None, names: list[str]) -> Iterator[tuple[str, float, list[Errors]]]:
+def _logged(log: Path | None, names: list[str]) -> Iterator[tuple[tuple[str, float], Found]]:
     if log is not None and log.is_file():
         for line in log.read_text().splitlines():
             entry = json.loads(line)
             if entry["clips"] == names:
-                yield entry["method"], entry["keep"], [Errors(*e) for e in entry["errors"]]
+                yield (entry["method"], entry["keep"]), Found(
+                    [Errors(*e) for e in entry["errors"]], [(nats, tokens) for nats, tokens in entry["kl"]], entry["said"])
+
+
+@torch.inference_mode()
+def divergences(model: Any, processor: Any, states: Tensor, reduced: Tensor, said: Sequence[str], batch: int = 8
+                ) -> list[tuple[float, int]]:
+    """Divergence from the decoder over all states, summed along each stock transcript, and its tokens."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    out = []
+    for i in range(0, len(said), batch):
+        ids = [torch.tensor(processor.tokenizer(text).input_ids) for text in said[i:i + batch]]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        log_p, log_q = (model(encoder_outputs=BaseModelOutput(last_hidden_state=x[i:i + batch]), decoder_input_ids=padded
+                              ).logits.log_softmax(-1) for x in (states, reduced))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)                                                 # (B, L)
+        for row, one in zip(kl, ids):                           # the last token is the end, behind which nothing is said
+            out.append((float(row[1:len(one) - 1].sum()), max(1, len(one) - 2)))
+    return out
 
 
 @torch.inference_mode()
@@ -115,8 +150,9 @@ def reduce_states(model: Any, processor: Any, clips: Sequence[Clip], states: Ten
     return torch.cat(out)
 
 
-def table(errors: dict[tuple[str, float], list[Errors]], clips: Sequence[Clip]) -> list[dict[str, Any]]:
+def table(found: dict[tuple[str, float], Found], clips: Sequence[Clip]) -> list[dict[str, Any]]:
     """A row for each setting over all clips, and over those of each source."""
+    errors = {key: held.errors for key, held in found.items()}
     rows = []
     groups = {"all": range(len(clips))}
     groups |= {source: [i for i, c in enumerate(clips) if c.source == source] for source in sorted({c.source for c in clips})}
@@ -133,8 +169,17 @@ def table(errors: dict[tuple[str, float], list[Errors]], clips: Sequence[Clip]) 
                 more = difference(mine, pick(errors[other])) if other in errors else None
                 row[f"vs_{name}"] = None if more is None else 100 * more.value
                 row[f"vs_{name}_pm"] = None if more is None else 50 * (more.high - more.low)
+            row["kl"], row["kl_pm"] = mean_divergence(pick(found[method, keep].kl))
             rows.append(row)
     return rows
+
+
+def mean_divergence(kl: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Thousandths of a nat a token, and half the width of a 95 % interval over clips (ratio estimator)."""
+    sums, tokens = torch.tensor(kl, dtype=torch.float64).T
+    mean = sums.sum() / tokens.sum()
+    error = (sums - mean * tokens).square().sum().sqrt() / tokens.sum()
+    return float(1000 * mean), float(1960 * error)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -32,6 +32,13 @@ def check_seam(model: Any, takes_features: bool = True) -> None:
             f"cache in {BEFORE}), which mmcompress does not know yet: pip install 'transformers>={MINIMUM},<{BEFORE}'")
 
 
+def check_thinker(model: Any) -> None:
+    """Raise where Qwen2.5-Omni's thinker is not yet a model with a head on it, as it is from transformers 5.21 on."""
+    if not hasattr(model.model, "get_rope_index"):
+        raise UnsupportedModelError(f"{type(model).__name__} of transformers {transformers.__version__} is laid out "
+                                    f"differently; mmcompress needs transformers >= 5.21 for it: pip install -U transformers")
+
+
 def pictures_argument(model: Any) -> str:
     """What `get_image_features` of Video-LLaVA calls its pixels; transformers once had `pixel_values_images`."""
     names = inspect.signature(type(model).get_image_features).parameters

@@ -4,6 +4,7 @@ import csv
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,9 @@ class Processor:
 
     def __call__(self, audio, sampling_rate, return_tensors):
         return self.features(audio, sampling_rate=sampling_rate, return_tensors=return_tensors)
+
+    def tokenizer(self, text):
+        return SimpleNamespace(input_ids=[1, *(int(word[1:]) for word in text.split()[:20]), 2])
 
     def batch_decode(self, ids, skip_special_tokens):
         return [" ".join(f"w{int(i)}" for i in row) for row in ids]
@@ -55,8 +59,9 @@ def test_word_errors_of_every_setting(tmp_path, clips, monkeypatch):
     settings = [("stride", 0.5), ("mean_pool", 0.5), ({"name": "random", "seed": 3}, 0.5)]
     errors = wer.measure(model, processor, clips, states, settings, log)
     assert set(errors) == {("all", 1.0), ("stride", 0.5), ("mean_pool", 0.5), ("Random(keep=0.25, seed=3)", 0.5)}
-    assert all(sum(e.words for e in held) == sum(len(c.text.split()) for c in clips) for held in errors.values())
-    monkeypatch.setattr(wer, "score", None)                                             # everything is in the log
+    assert all(sum(e.words for e in held.errors) == sum(len(c.text.split()) for c in clips) for held in errors.values())
+    assert all(abs(nats) < 1e-4 for nats, _ in errors["all", 1.0].kl) and all(nats > 0 for nats, _ in errors["stride", 0.5].kl)
+    monkeypatch.setattr(wer, "transcribe", None)                                        # everything is in the log
     assert wer.measure(model, processor, clips, states, settings, log) == errors
     rows = wer.table(errors, clips)
     assert {r["clips"] for r in rows} == {"all", "a", "b"} and len(rows) == 12
