@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class AudioAdapter(Adapter):
     def merged(self, plan: Merging, features: Tensor, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout]) -> Encoded:
         """What an encoder left that merged by this plan. features (windows, ., D), projected"""
         reductions = plan.reductions(features)
-        return Encoded([r.tokens[0] for r in reductions], {}, mel=self.mel(inputs, layouts), reductions=reductions)
+        return Encoded([r.tokens[0] for r in reductions], {}, mel=partial(self.mel, inputs, layouts), reductions=reductions)
 
     def mel(self, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout]) -> list[Tensor]:
         """Log-mel spectrogram by token of each recording. -> (N_i, bins) float32"""

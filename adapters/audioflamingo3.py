@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -29,4 +30,4 @@ class AudioFlamingo3Adapter(AudioAdapter):
                 out = core.audio_tower(inputs["input_features"], input_features_mask=inputs["input_features_mask"])
             return self.merged(plan, core.multi_modal_projector(out.last_hidden_state), inputs, layouts)
         out = self.model.model.get_audio_features(inputs["input_features"], inputs["input_features_mask"], return_dict=True)
-        return Encoded(regroup(out.pooler_output, layouts), {}, mel=self.mel(inputs, layouts))
+        return Encoded(regroup(out.pooler_output, layouts), {}, mel=partial(self.mel, inputs, layouts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,19 +29,22 @@ class Encoded:
 
     `features` holds (N_i, D) per item, packed as the language model reads them. `vision` holds the captured layers, None
     where the tower cannot give them. `grid` are the tower's patch rows and columns where features were pooled after it. `mel`
-    holds (N_i, bins) per recording, its log-mel spectrogram by token; `reductions`, one of a batch of one per recording, what a
-    reducer inside the encoder did, and `features` are then what it left.
+    gives (N_i, bins) per recording, its log-mel spectrogram by token, when called; `reductions`, one of a batch of one per
+    recording, are what a reducer inside the encoder did, and `features` then what it left.
     """
 
     features: Sequence[Tensor]
     vision: Mapping[int, VisionLayer | None]
     grid: tuple[int, int] | None = None
-    mel: Sequence[Tensor] = ()
+    mel: Callable[[], Sequence[Tensor]] | None = None
     reductions: Sequence[Reduction] = ()
 
     def spectrogram(self, items: Sequence[int]) -> Tensor | None:
         """The spectrograms of some recordings of equal layout, batched. (B, N, bins)"""
-        return torch.stack([self.mel[i] for i in items]) if self.mel else None
+        if self.mel is None:
+            return None
+        mel = self.mel()
+        return torch.stack([mel[i] for i in items])
 
     def state(self, layouts: Layouts, items: Sequence[int]) -> dict[int, LayerState | None]:
         """The captured layers for some items of equal layout, batched."""

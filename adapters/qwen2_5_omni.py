@@ -46,7 +46,7 @@ class Qwen25OmniAdapter(Qwen25VLAdapter):
     def encode_audio(self, inputs: Mapping[str, Any], layouts: Sequence[AudioLayout], merging: Any = None) -> Encoded:
         refuse_merging(merging, self.model)
         out = self.model.model.get_audio_features(inputs["input_features"], inputs["feature_attention_mask"], return_dict=True)
-        mel = [mel_by_token(x, layout.tokens, 4) for x, layout in zip(inputs["input_features"], layouts)]
+        mel = lambda: [mel_by_token(x, layout.tokens, 4) for x, layout in zip(inputs["input_features"], layouts)]  # noqa: E731
         return Encoded(regroup(out.last_hidden_state, layouts), {}, mel=mel)
 
     @property

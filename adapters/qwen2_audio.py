@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Qwen2AudioAdapter(AudioAdapter):
         features = core.multi_modal_projector(out.last_hidden_state)
         if plan is not None:
             return self.merged(plan, features, inputs, layouts)
-        return Encoded([x[:layout.tokens] for x, layout in zip(features, layouts)], {}, mel=self.mel(inputs, layouts))
+        return Encoded([x[:layout.tokens] for x, layout in zip(features, layouts)], {}, mel=partial(self.mel, inputs, layouts))
 
     def _encoder_mask(self, mel: Tensor, frames: Tensor) -> Any:
         """The encoder's attention mask over its states, as the model builds it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -37,4 +38,4 @@ class VoxtralAdapter(AudioAdapter):
             together = states.unflatten(1, (-1, self.states_per_token)).flatten(2)
             return self.merged(plan, core.multi_modal_projector(together), inputs, layouts)
         out = self.model.model.get_audio_features(inputs["input_features"], return_dict=True)
-        return Encoded(regroup(out.pooler_output, layouts), {}, mel=self.mel(inputs, layouts))
+        return Encoded(regroup(out.pooler_output, layouts), {}, mel=partial(self.mel, inputs, layouts))

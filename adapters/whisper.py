@@ -64,7 +64,7 @@ class WhisperAdapter(AudioAdapter):
     def encoded(self, mel: Tensor, states: Tensor, plan: Merging | None = None) -> Encoded:
         """Encoder states (B, N, D) of spectrograms (B, bins, T), one recording a row; plan: how they were merged."""
         tokens = self.tokens(mel.shape[-1])
-        return Encoded(list(states), {}, mel=[mel_by_token(x, tokens, 2) for x in mel],
+        return Encoded(list(states), {}, mel=lambda: [mel_by_token(x, tokens, 2) for x in mel],
                        reductions=() if plan is None else plan.reductions(states))
 
 

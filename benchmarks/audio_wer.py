@@ -26,7 +26,7 @@ from tqdm import tqdm
 import mmcompress
 from mmcompress.adapters import adapter_for
 from mmcompress.config import WrapConfig
-from mmcompress.registry import build, label, reducer_class
+from mmcompress.registry import build, reducer_class
 from mmcompress.seq2seq import encoded_states
 
 KEEPS = (0.75, 0.5, 0.33, 0.25, 0.15)
@@ -82,6 +82,14 @@ def chosen_methods(text: str | None) -> list[Any]:
     return yaml.safe_load(text) if text.lstrip().startswith(("-", "[")) else [name.strip() for name in text.split(",")]
 
 
+def named(method: Any) -> str:
+    """A method in the table: its name, and the options that were given."""
+    if isinstance(method, str):
+        return method
+    options = ", ".join(f"{key}={value}" for key, value in method.items() if key != "name")
+    return f"{method['name']} ({options})"
+
+
 def measure(model: Any, processor: Any, clips: Sequence[Clip], states: Tensor, settings: Iterable[tuple[Any, float]],
             log: Path | None) -> dict[tuple[str, float], Found]:
     """(method, keep) -> what was found; keep 1 is the stock model."""
@@ -89,7 +97,7 @@ def measure(model: Any, processor: Any, clips: Sequence[Clip], states: Tensor, s
     out = {key: found for key, found in _logged(log, names)}
     said = None
     for method, keep in tqdm([("all", 1.0), *settings], unit="setting", desc="score"):
-        name = method if isinstance(method, str) else label(build("audio", method))
+        name = named(method)
         if (name, keep) in out:
             said = out[name, keep].said if method == "all" else said
             continue
@@ -102,8 +110,7 @@ def measure(model: Any, processor: Any, clips: Sequence[Clip], states: Tensor, s
             with log.open("a") as file:
                 print(json.dumps({"method": name, "keep": keep, "clips": names, **found._asdict()}), file=file)
         out[name, keep] = found
-    return {key: out[key] for key in [("all", 1.0), *((m if isinstance(m, str) else label(build("audio", m)), k)
-                                                      for m, k in settings)]}
+    return {key: out[key] for key in [("all", 1.0), *((named(m), k) for m, k in settings)]}
 
 
 def _logged(log: Path | None, names: list[str]) -> Iterator[tuple[tuple[str, float], Found]]:
@@ -186,13 +193,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Word error rate over states kept, a line a method."""
     from mmcompress.viz.figure import INK, SOFT, new_figure, quiet, save
 
-    figure = new_figure(8.2, 4.8)
-    ax = figure.add_axes((0.08, 0.12, 0.66, 0.78))
+    figure = new_figure(8.6, 4.8)
+    ax = figure.add_axes((0.08, 0.12, 0.63, 0.84))
     shown = [r for r in rows if r["clips"] == "all"]
     [stock] = [r for r in shown if r["method"] == "all"]
     ax.axhline(stock["wer"], color=INK, linewidth=1, linestyle=":")
-    ax.text(0.99, stock["wer"], "all states", color=INK, fontsize=8, va="bottom", ha="right",
-            transform=ax.get_yaxis_transform())
+    ax.text(0.01, stock["wer"] / 1.02, "all states", color=INK, fontsize=8, va="top", transform=ax.get_yaxis_transform())
     for method in dict.fromkeys(r["method"] for r in shown if r["method"] != "all"):
         mine = sorted((r for r in shown if r["method"] == method), key=lambda r: r["keep"])
         [line] = ax.plot([r["keep"] for r in mine], [r["wer"] for r in mine], marker="o", markersize=3.5, linewidth=1.4,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import UnsupportedModelError
 
@@ -90,6 +89,8 @@ def check_decoding(call: dict[str, Any]) -> None:
 
 def check_hooks_recomputed(layer: Any, what: str) -> None:
     """Raise where gradient checkpointing would run a layer again, with its hooks, when these are gone (before 5.23 or so)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     if layer.training and getattr(layer, "gradient_checkpointing", False) and "__call__" in vars(GradientCheckpointingLayer):
         raise ValueError(f"{what} with gradient checkpointing of the audio encoder: transformers {transformers.__version__} "
                          f"runs its layers again without the hooks that merged; pip install -U transformers, or checkpoint the "

@@ -79,7 +79,9 @@ def reduce_items(adapter: Adapter, encoded: Mapping[str, Encoded], found: Sequen
             continue
         asked, mask = (None, None) if question is None else (q[items] for q in question)
         x = Tokens(features=torch.stack([features[i] for i in items]), layout=layout, question=asked, question_mask=mask,
-                   vision=held.state([found[i].layout for i in same], numbers), mel=held.spectrogram(numbers))
+                   vision=held.state([found[i].layout for i in same], numbers))
+        if getattr(reducer, "reads_spectrogram", False) and k < layout.tokens:
+            x = replace(x, mel=held.spectrogram(numbers))
         if getattr(reducer, "reads_first_layer", False) and k < layout.tokens and not adapter.seq2seq:
             x = replace(x, weights=adapter.first_layer())
         reduction = reducer(x)

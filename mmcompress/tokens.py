@@ -49,7 +49,8 @@ class Tokens:
     float32 is what the prompt's querying tokens pay each token, softmaxed over all they see, averaged over heads and queries;
     `received` (B, N) float32 is what all tokens of the prompt pay it, summed over heads and queries; `decoder_keys`
     (B, N, H_kv, d) are a decoder layer's keys after rotation. Each is there where the step names it in its `signals`.
-    `mel` (B, N, bins) float32 is a recording's log-mel spectrogram as the model heard it, averaged over each token's frames.
+    `mel` (B, N, bins) float32 is a recording's log-mel spectrogram as the model heard it, averaged over each token's frames,
+    for reducers that say `reads_spectrogram`.
     `weights` are the language model's query and key weights of its first layer, (H, d, D) and (H_kv, d, D), for reducers that
     say `reads_first_layer`.
     """
@@ -79,7 +80,7 @@ class Tokens:
         """Log-mel spectrogram by token (B, N, bins) float32; raises SignalError where no recording came with it."""
         if self.mel is None:
             raise SignalError("there is no spectrogram here: silence and energy are read from a recording's input_features; "
-                              "use the reducer as audio=... on a model that hears")
+                              "use a reducer that says `reads_spectrogram`, as audio=... on a model that hears")
         return self.mel
 
     def first_layer(self) -> tuple[Tensor, Tensor]:

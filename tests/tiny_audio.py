@@ -275,5 +275,6 @@ def _question(model, adapter, item, ids):
 
 def _only(encoded, number):
     from mmcompress.adapters import Encoded
-    pick = lambda some: [some[number]] if some else ()  # noqa: E731
-    return Encoded([encoded.features[number]], encoded.vision, mel=pick(encoded.mel), reductions=pick(encoded.reductions))
+    mel = None if encoded.mel is None else lambda: [encoded.mel()[number]]
+    return Encoded([encoded.features[number]], encoded.vision, mel=mel,
+                   reductions=[encoded.reductions[number]] if encoded.reductions else ())

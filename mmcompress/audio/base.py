@@ -25,7 +25,8 @@ class AudioReducer(BaseReducer):
 
     positions: ClassVar[Literal["closed", "original"]] = "original"
     whole_window: ClassVar[bool] = False
-    reads_first_layer: ClassVar[bool] = False
+    reads_spectrogram: ClassVar[bool] = False   # needs `x.spectrogram()`
+    reads_first_layer: ClassVar[bool] = False   # needs `x.first_layer()`
     in_encoder: ClassVar[bool] = False          # works inside the audio encoder, see `ATome`
 
     def reduce(self, x: Tokens, k: int) -> Reduction:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ class EnergyPrune(AudioReducer):
     The silence behind a recording keeps its share, as it does with all methods that do not see the whole window: Whisper, left
     with the loudest tokens of a window and no silence, talks on when the recording is over.
     """
+
+    reads_spectrogram: ClassVar[bool] = True
 
     def reduce_sound(self, x: Tokens, k: int) -> Reduction:
         return select(x, topk_in_order(energy(x.spectrogram()), k))

@@ -42,6 +42,7 @@ class SilencePrune(AudioReducer):
     change: float = 1.0
 
     whole_window: ClassVar[bool] = True
+    reads_spectrogram: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
