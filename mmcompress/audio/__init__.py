@@ -15,11 +15,16 @@ from .spectral_pool import SpectralPool
 from .speech_prune import SpeechPrune
 from .stride import Stride
 
-__all__ = ["ATome", "AdaptiveSpectralPool", "AudioReducer", "EnergyPrune", "FastAdaSP", "MeanPool", "Random", "SilencePrune",
-           "Sound", "SpectralPool", "SpeechPrune", "Stride", "as_sound", "check_rate", "load"]
+__all__ = ["ATome", "AdaptiveSpectralPool", "AudioReducer", "AudioTokens", "EnergyPrune", "FastAdaSP", "MeanPool", "Random",
+           "SilencePrune", "Sound", "SpectralPool", "SpeechPrune", "Stride", "XCodec", "as_sound", "check_rate", "detokenize",
+           "load", "tokenize"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Sound", "as_sound", "check_rate", "load"):     # no library of sound files is imported until one is opened
         return getattr(import_module(f"{__name__}.reading"), name)
+    if name in ("AudioTokens", "detokenize", "tokenize"):       # nor a codec before one is asked for
+        return getattr(import_module(f"{__name__}.codec"), name)
+    if name == "XCodec":
+        return import_module(f"{__name__}.xcodec").XCodec
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
