@@ -11,10 +11,11 @@ from typing import Any
 
 from .config import WrapConfig
 from .errors import SignalError, UnsupportedModelError, WrapError
+from .pure import compress
 from .registry import available, register
 from .report import Report
 from .tokens import ImageLayout, ImageReducer, Layout, Reducer, Reduction, Tokens, VideoLayout, VideoReducer, select
-from .wrap import Wrapped, compress, from_pretrained, unwrap, wrap
+from .wrap import Wrapped, from_pretrained, unwrap, wrap
 
 __version__ = version("mmcompress")
 

@@ -148,3 +148,17 @@ def build_layers(layers: Any) -> tuple[Any, ...]:
     """Layer reducers from what the user gave: one or several of them, their names, or dicts with `name` and the fields."""
     several = isinstance(layers, Iterable) and not isinstance(layers, (str, dict))
     return tuple(registry.build("layers", one) for one in (layers if several else [layers]))
+
+
+def given_reducers(**given: Any) -> dict[str, Any]:
+    """Each slot's reducer from what the user gave: as `registry.build` takes it, a YAML file that configures one, or None."""
+    return {slot: None if one is None else _given(slot, one) for slot, one in given.items()}
+
+
+def _given(slot: str, given: Any) -> Any:
+    if not (isinstance(given, str) and given.endswith((".yaml", ".yml"))):
+        return registry.build(slot, given)
+    found = getattr(WrapConfig.load(given), slot)
+    if found is None:
+        raise ValueError(f"{given} configures no {slot} reducer; pass it as wrap(model, {given!r})")
+    return found

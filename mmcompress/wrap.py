@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import calls, registry, seq2seq
+from . import calls, seq2seq
 from .adapters import Encoded, adapter_for, known_model_types
 from .compat import base_of, check_layers
-from .config import MODALITIES, Positions, WrapConfig, build_layers
+from .config import MODALITIES, Positions, WrapConfig, build_layers, given_reducers
 from .errors import UnsupportedModelError, WrapError
 from .flops import prefill_flops
 from .layers.base import works_on
@@ -59,9 +59,8 @@ def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: An
                              "not both")
         chosen = WrapConfig.load(config)
     else:
-        chosen = WrapConfig(image=_reducer("image", image), video=_reducer("video", video), audio=_reducer("audio", audio),
-                            positions=positions, layers=build_layers(layers), budget=budget,
-                            floor=WrapConfig.floor if floor is None else floor)
+        chosen = WrapConfig(**given_reducers(image=image, video=video, audio=audio), layers=build_layers(layers),
+                            positions=positions, budget=budget, floor=WrapConfig.floor if floor is None else floor)
     return Wrapped(model, chosen)
 
 
@@ -70,48 +69,16 @@ def from_pretrained(model: Any, folder: str | Path) -> Wrapped:
     return Wrapped(model, WrapConfig.load(folder))
 
 
+def handle_of(model: Any) -> Wrapped | None:
+    """The handle of a wrapped model; None if it is not wrapped."""
+    return base_of(model).__dict__.get(_STATE)
+
+
 def unwrap(model: Any) -> Any:
     """Remove the wrap of a model, if it has one, and return the model."""
-    state = base_of(model).__dict__.get(_STATE)
-    if state is not None:
-        state.remove()
+    if (handle := handle_of(model)) is not None:
+        handle.remove()
     return model
-
-
-def compress(model: Any, inputs: Any, *, image: Any = None, video: Any = None, audio: Any = None,
-             budget: float | int | None = None, positions: Positions | None = None) -> dict[str, Any]:
-    """The pure form: processor inputs -> inputs of the stock `forward` or `generate`, with what they show and sound reduced.
-
-    The result holds input_ids, attention_mask and the like of the shorter prompt, and `mm_encoder_outputs` instead of
-    the pixels. `generate` then returns the shorter prompt before its new tokens. With original positions it needs its cache
-    (`use_cache=False` drops the mask, and transformers then reads the gaps as packed sequences; a wrapped model guards that).
-    Families that take features as one tensor (LLaVA-OneVision's clips, Video-LLaVA, InternVL) mix up the rows of a batch under
-    beams or `num_return_sequences`, where transformers repeats that tensor whole: wrap the model for those. Recordings come
-    back within `inputs_embeds`, which chunked prefill ignores; Whisper's as `encoder_outputs`.
-    """
-    if image is None and video is None and audio is None:
-        raise ValueError("compress() reduces pictures, clips and recordings before the language model: pass image=..., "
-                         "video=... or audio=...; reducers inside it need wrap()")
-    base = base_of(model)
-    adapter = adapter_for(base)
-    config = WrapConfig(image=_reducer("image", image), video=_reducer("video", video), audio=_reducer("audio", audio),
-                        positions=positions, budget=budget)
-    if not (adapter.has_images(inputs) or adapter.has_videos(inputs) or adapter.has_audio(inputs)):
-        return dict(inputs)
-    if adapter.seq2seq:
-        held = base.__dict__.get(_STATE)                        # the encoder of a wrapped model reduces already
-        with nullcontext() if held is None else held.disable():
-            return seq2seq.reduce_inputs(adapter, inputs, config)
-    return adapter.take_in(reduce_inputs(adapter, inputs, config).inputs)
-
-
-def _reducer(slot: str, given: Any) -> Any:
-    if isinstance(given, str) and given.endswith((".yaml", ".yml")):
-        found = getattr(WrapConfig.load(given), slot)
-        if found is None:
-            raise ValueError(f"{given} configures no {slot} reducer; pass it as wrap(model, {given!r})")
-        return found
-    return None if given is None else registry.build(slot, given)
 
 
 class Wrapped:

@@ -176,6 +176,8 @@ def test_the_pure_form_and_a_saved_configuration(tmp_path):
     with mmcompress.wrap(MODEL, audio=MeanPool(keep=0.4)) as w:
         expected = decode(w, input_features=x)
         w.save_pretrained(tmp_path)
+        again = mmcompress.compress(MODEL, {"input_features": x}, audio=MeanPool(keep=0.4))     # not reduced twice
+        assert torch.equal(again["encoder_outputs"].last_hidden_state, pure["encoder_outputs"].last_hidden_state)
     assert torch.equal(decode(MODEL, **pure), expected)
     with mmcompress.from_pretrained(MODEL, tmp_path) as w:
         assert w.config == WrapConfig(audio=MeanPool(keep=0.4))
