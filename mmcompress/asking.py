@@ -132,12 +132,12 @@ def inputs_of(model: Any, processor: Any, shown: Shown, question: str | None) ->
 
 def _check_senses(adapter: Any, shown: Shown) -> None:
     name = type(adapter.model).__name__
-    if shown.pictures and not adapter.encoder_inputs:
+    if shown.pictures and not adapter.reads("image"):
         raise UnsupportedModelError(f"--image: {name} sees no pictures")
-    if shown.clip is not None and not (adapter.video_inputs or adapter.reads_clips):
+    if shown.clip is not None and not adapter.reads("video"):
         raise UnsupportedModelError(f"--video: {name} reads no clips; known to read them: llava_next_video, llava_onevision, "
                                     f"video_llava, qwen2_5_vl, qwen2_5_omni, internvl; or 'pico'")
-    if shown.recording is not None and not adapter.audio_inputs:
+    if shown.recording is not None and not adapter.reads("audio"):
         raise UnsupportedModelError(f"--audio: {name} does not hear; known to hear: {', '.join(HEARING)}")
 
 

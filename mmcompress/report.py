@@ -169,13 +169,14 @@ class Report:
             lines.append(f"  {i.modality} {n} (prompt {i.prompt}): {i.tokens_before} -> {i.tokens_after} tokens "
                          f"({i.kept:.1%}; newlines {i.newlines_before} -> {i.newlines_after}; "
                          f"{i.kept_nominal:.1%} of {i.nominal} nominal patches{seen}{merged})")
-        if len(by := self.by_modality) > 1:
+        kinds = " and ".join(by := self.by_modality)
+        if len(by) > 1:
             lines += [f"  all {modality}: {before} -> {after} tokens ({after / before:.1%})"
                       for modality, (before, after) in by.items()]
         for stage in self.layers:
-            lines.append(f"  from layer {stage.layer} of {self.depth}: {stage.tokens} image tokens, {stage.columns} columns")
+            lines.append(f"  from layer {stage.layer} of {self.depth}: {stage.tokens} {kinds} tokens, {stage.columns} columns")
         if self.layers:
-            lines.append(f"  {self.tokens_mean:.1f} image tokens on average over the layers")
+            lines.append(f"  {self.tokens_mean:.1f} {kinds} tokens on average over the layers")
         lines.append(f"  prompt {self.prompt_before} -> {self.prompt_after} columns, prefill "
                      f"{_flops(self.flops_before)} -> {_flops(self.flops_after)}, "
                      f"KV cache {_size(self.kv_bytes_before)} -> {_size(self.kv_bytes_after)}")

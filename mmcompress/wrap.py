@@ -1,7 +1,7 @@
 """The only file that changes a model instance, and undoes it.
 
-`wrap` replaces `forward` and `generate` on the instance (never on its class). With pictures or clips in the call they reduce
-them first and hand the shorter prompt and the precomputed features to the stock methods; without, they pass through.
+`wrap` replaces `forward` and `generate` on the instance (never on its class). With pictures, clips or recordings in the call
+they reduce them first and hand the shorter prompt and the precomputed features to the stock methods; else they pass through.
 """
 
 from __future__ import annotations

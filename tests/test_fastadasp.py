@@ -360,6 +360,7 @@ def test_an_audio_reducer_before_and_the_report(model, tmp_path):
         assert left.mass.sum() == item.before and torch.equal(left.source.bincount(), left.mass.long())
     assert (report.layers[0].layer, report.layers[0].tokens, report.layers[0].columns) == \
         (2, sum(i.at(2).after for i in items), columns)
+    assert f"from layer 2 of 4: {report.layers[0].tokens} audio tokens" in str(report)
     assert "FastAdaSP(layer=2, keep=0.4)" in str(report) and report.kv_bytes_after < report.kv_bytes_before
     with mmcompress.from_pretrained(model, tmp_path) as again:
         assert again.config.layers == (ONCE,)
