@@ -66,3 +66,15 @@ def answers_by_kind(rows: list[dict[str, Any]]) -> Table:
         table.add_row(row["kind"], str(row["hits"]), str(row["n"]), f"{100 * row['accuracy']:.1f}",
                       f"{100 * row['low']:.0f}-{100 * row['high']:.0f}")
     return table
+
+
+def codec_measured(evals: list[dict[str, Any]]) -> Table:
+    """One row a book of the last evaluation, its errors in the title."""
+    found = evals[-1]
+    semantic = "" if found["semantic"] is None else f", semantic {found['semantic']:.3f}"
+    table = Table("book", "codes that occur", "perplexity", title_justify="left",
+                  title=f"held-out sound ({found['segments']} segments, {found['frames']} frames): "
+                        f"log spectrum {found['log']:.3f}, waveform {found['error']:.3f}{semantic}")
+    for i, (used, perplexity) in enumerate(zip(found["used"], found["perplexity"])):
+        table.add_row(str(i + 1), f"{used:.1%}", f"{perplexity:.1f}")
+    return table

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-NAMES = {int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+NAMES = {int: "a whole number", float: "a number", str: "text", dict: "a mapping", bool: "true or false"}
 
 
 def override_in(data: dict[str, Any], override: str) -> None:
@@ -57,7 +57,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, str):        # YAML reads 1e-3 as text
         with suppress(ValueError):
             return float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise ValueError(f"{where}={value!r}: {NAMES[kind]} was expected")
     return value
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .clips import Clips
 from .data import WORLDS, Mix
-from .plain import from_plain, override_in, to_plain
+from .plain import from_plain, to_plain
 
 PARTS = {"vision_tower": "model.vision_tower", "projector": "model.multi_modal_projector",
          "language_model": "model.language_model", "newline": "model.image_newline"}
@@ -234,21 +234,15 @@ class Recipe:
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """From a YAML file; each override is 'a.b=value', its value read as YAML."""
-        import yaml
+        from .kinds import read
 
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no recipe at {path}; pass a YAML file such as configs/pico.yaml")
-        data = yaml.safe_load(path.read_text())
-        if not isinstance(data, dict):
-            raise ValueError(f"{path}: a mapping such as 'steps: 1000' was expected")
-        for override in overrides:
-            override_in(data, override)
-        return cls.from_dict(data)
+        return cls.from_dict(read(path, overrides))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Recipe:
-        return from_plain(cls, data)
+        if data.get("kind", "llava_next") != "llava_next":
+            raise ValueError(f"kind={data['kind']!r}: mmcompress.train.kinds.load reads recipes of every kind")
+        return from_plain(cls, {k: v for k, v in data.items() if k != "kind"})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what YAML and JSON hold, the inverse of `from_dict`."""

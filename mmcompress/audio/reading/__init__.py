@@ -34,7 +34,7 @@ from .sound import Sound, as_sound, check_finite, check_hertz, check_rate, resam
 from .soundfile_backend import SoundFile
 from .whole import lost
 
-__all__ = ["AudioError", "Sound", "as_sound", "check_rate", "load"]
+__all__ = ["AudioError", "Sound", "as_sound", "check_rate", "duration", "load"]
 
 BACKENDS: dict[str, tuple[str, Callable[[Path, Any], Backend]]] = {        # name -> (module, class), in order
     "soundfile": ("soundfile", SoundFile),
@@ -60,17 +60,34 @@ def load(path: str | os.PathLike[str], sample_rate: int = 16_000, *, mono: bool 
     check_hertz("sample_rate", sample_rate)
     low, high = _window(int(sample_rate), start, end)
     file = _check_path(path)
+    opened, cut = _opened(file, backend)
+    try:
+        return _read(file, opened, Window(low, high, opened.rate, int(sample_rate)), mono, cut)
+    finally:
+        opened.close()
+
+
+def duration(path: str | os.PathLike[str], backend: str = "auto") -> float:
+    """Seconds of a sound file: what its header says where that is exact, else counted by decoding it. Errors as in `load`."""
+    opened, _ = _opened(_check_path(path), backend)
+    try:
+        if opened.length is not None and getattr(opened, "exact", False):
+            return opened.length / opened.rate
+        return sum(len(block) for block in opened.blocks(0, None)) / opened.rate
+    except Damaged as e:
+        raise AudioError(f"{path} is cut off or damaged ({e}); load(path, end=...) reads what is whole") from e
+    finally:
+        opened.close()
+
+
+def _opened(file: Path, backend: str) -> tuple[Backend, str]:
+    """The file in the first backend that reads it, and what its size says of a missing end ("": nothing)."""
     installed, cut, errors = _installed(backend), _cut(file), []
     for name, module in installed.items():
         try:
-            opened = BACKENDS[name][1](file, module)
+            return BACKENDS[name][1](file, module), cut
         except Doubt as e:
             errors.append(e)                                            # the next one may do better
-            continue
-        try:
-            return _read(file, opened, Window(low, high, opened.rate, int(sample_rate)), mono, cut)
-        finally:
-            opened.close()
     hint = f"; {cut}" if cut else ""
     if name != "pyav" and errors[-1].elsewhere:
         hint += "; PyAV may read it: " + ("pass backend='pyav'" if _module("av") else "pip install av")
