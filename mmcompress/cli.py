@@ -1,4 +1,4 @@
-"""The command line: demo, run, list, eval, viz, train. Results go to stdout, progress and errors to stderr."""
+"""The command line: demo, run, list, eval, viz, train, tokenize. Results go to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
@@ -214,19 +214,54 @@ def train(recipe: Annotated[Path, typer.Argument(help="A YAML file such as confi
     """Train by a recipe, from scratch or from weights; several processes by `accelerate launch -m mmcompress train ...`."""
     import transformers
 
-    from .tables import answers_by_kind
-    from .train.loop import train as run_recipe
-    from .train.recipe import Recipe
+    from .tables import answers_by_kind, codec_measured
+    from .train.kinds import load
 
     transformers.utils.logging.disable_progress_bar()                   # ours remains
-    result = run_recipe(Recipe.load(recipe, changes or ()), out or Path("out") / recipe.stem, resume)
+    kind, what, run_recipe = load(recipe, changes or ())
+    result = run_recipe(what, out or Path("out") / recipe.stem, resume)
     if not result.pop("main"):                                         # another process prints
         return None
     if as_json:
         return emit(result)
-    print(f"{result['steps']} steps, {result['seconds']:.0f} s, {result['tokens'] / result['seconds']:.0f} tokens/s")
-    Console().print(answers_by_kind(result["eval"]))
+    heard = f"{result['heard']:.0f} s of sound" if kind == "xcodec" else f"{result['tokens'] / result['seconds']:.0f} tokens/s"
+    print(f"{result['steps']} steps, {result['seconds']:.0f} s, {heard}")
+    Console().print(codec_measured(result["eval"]) if kind == "xcodec" else answers_by_kind(result["eval"]))
     print("", *result["files"], sep="\n")
+
+
+@app.command()
+def tokenize(files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Sound files, and folders to search.")],
+             model: Annotated[str, typer.Option(
+                 help="Hub id or folder of a codec: dac, encodec, mimi, neucodec, xcodec or xcodec2.")],
+             out: Annotated[Path, typer.Option(help="Folder for the code files; the same command goes on in it.")],
+             n_q: Annotated[int | None, typer.Option("--n-q", help="Books to keep; default all.")] = None,
+             kbps: Annotated[float | None, typer.Option(help="Or the most books within a nominal rate.")] = None,
+             tokens_per_second: Annotated[float | None, typer.Option(help="Or within so many tokens a second.")] = None,
+             workers: Annotated[int, typer.Option(help="Processes on the CPU, each with the model.")] = 1,
+             device: Device = "auto",
+             chunk: Annotated[float, typer.Option(help="Seconds encoded at once.")] = 60.0,
+             context: Annotated[float | None, typer.Option(
+                 help="Seconds heard before and behind each chunk; default as far as the codec sees, or 5.")] = None,
+             as_json: Json = False) -> None:
+    """Sound files to discrete tokens by a neural codec, a .safetensors each, with a manifest; what is done is skipped."""
+    from .tokenizing import tokenize_files
+
+    rates = {"--n-q": n_q, "--kbps": kbps, "--tokens-per-second": tokens_per_second}
+    if len(given := [name for name, value in rates.items() if value is not None]) > 1:
+        raise ValueError(f"{' and '.join(given)}: each says how many books to keep; pass one of them")
+    result = tokenize_files(files, model, out, n_q=n_q, kbps=kbps, tokens_per_second=tokens_per_second, workers=workers,
+                            device=device, chunk=chunk, context=context)
+    for failure in result.failures:
+        named = "" if failure["source"] in failure["reason"] else f"{failure['source']}: "
+        err.print(f"failed: {named}{failure['reason']}", style="red", markup=False)
+    if result.interrupted:
+        err.print("interrupted: the same command goes on", style="red")
+    if as_json:
+        emit(result.to_dict())
+    else:
+        print(result)
+    raise typer.Exit(result.exit_code)
 
 
 # what the commands share

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...audio.reading.files import within
 from .recipe import Speech
-
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".m4a", ".aac", ".mp4", ".mkv", ".mov", ".webm")
 
 
 class Source(Protocol):
@@ -101,10 +100,7 @@ def find(places: Sequence[str]) -> list[Path]:
     for place in map(Path, places):
         if not place.exists():
             raise FileNotFoundError(f"data.files: {place} does not exist (looked in {Path.cwd()})")
-        inside = [f for f in place.rglob("*") if f.suffix.lower() in SUFFIXES] if place.is_dir() else [place]
-        if not inside:
-            raise ValueError(f"data.files: {place} has no sound files ({', '.join(SUFFIXES)})")
-        found.update(inside)
+        found.update(within(place) if place.is_dir() else [place])
     return sorted(found)
 
 
