@@ -147,3 +147,17 @@ def test_choices_that_cannot_be_made():
             choose(errors, tokens, **wrong)
     with pytest.raises(ValueError, match=r"pass \(B, n_q\)"):
         choose(errors[0], tokens, kbps=1)
+
+
+def test_spectral_and_semantic_errors():
+    from mmcompress.audio.codec import semantic_error, spectral_error
+
+    x, y = noise(0.4), noise(0.4, seed=1)
+    assert spectral_error(x, x) == 0 and spectral_error(x, 10 * x) == pytest.approx(math.log(10), abs=1e-3)
+    model = model_of("xcodec")
+    distortion = semantic_error(model)
+    assert distortion(x, x) == 0 and distortion(x, y) > 0
+    with torch.no_grad():                                           # the teacher by hand: mean of its hidden states
+        f, g = (torch.stack(model.semantic_model(torch.nn.functional.pad(s[None], (160, 160)),
+                                                 output_hidden_states=True).hidden_states).mean(0)[0].double() for s in (x, y))
+    assert distortion(x, y) == pytest.approx(float((g - f).square().sum() / (f - f.mean(0)).square().sum()), rel=1e-6)

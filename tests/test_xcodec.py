@@ -312,6 +312,34 @@ def test_dead_codes_revive():
     assert {3, 4, 5} <= set(used.tolist()) and (b.codebook.embed.abs() < 10).all()
 
 
+def test_busy_codes_split():
+    b, rvq = book(codes=6), RVQ(revival="split")
+    b.codebook.embed.copy_(torch.randn(6, 3))
+    b.codebook.cluster_size.copy_(torch.tensor([9.0, 3.9, 5.0, 1.9, 0.0, 0.5]))
+    b.codebook.embed_avg.copy_(b.codebook.embed * b.codebook.cluster_size[:, None])
+    before, x = b.codebook.embed.clone(), torch.randn(50, 3)
+    revive(b.codebook, x, rvq, rvq.generator(0, 0))
+    assert b.codebook.cluster_size.tolist() == [4.5, pytest.approx(3.9), 2.5, 4.5, 2.5, 0.5]       # 3.9 has no two halves of 2
+    assert torch.equal(b.codebook.embed[[0, 1, 2, 5]], before[[0, 1, 2, 5]])
+    for dead, busy in ((3, 0), (4, 2)):
+        step = (b.codebook.embed[dead] - before[busy]) / 0.1 + before[busy]
+        assert torch.isclose(step, x, atol=1e-4).all(1).any()
+    rows = b.codebook.cluster_size[[0, 2, 3, 4], None] * b.codebook.embed[[0, 2, 3, 4]]
+    torch.testing.assert_close(b.codebook.embed_avg[[0, 2, 3, 4]], rows)
+
+
+def test_splitting_keeps_late_books_in_use():
+    """What a late book sees is noise of many dimensions: there a code on a vector is the nearest to hardly any other."""
+    used = {}
+    for revival in ("vector", "split"):
+        b, rvq, g = book(dim=64, codes=64, started=False), RVQ(decay=0.9, dead=0.5, revival=revival), torch.Generator()
+        g.manual_seed(0)
+        for step in range(60):
+            residual_quantize([b], torch.randn(1, 64, 160, generator=g), rvq, step)
+        used[revival] = len(b.codebook.encode(torch.randn(2000, 64, generator=g)).unique()) / 64
+    assert used["split"] > 0.9 > 0.7 > used["vector"]
+
+
 def test_autocast_leaves_codes_and_spectra_alone():
     model, audio, bank = codec(), sound(), PQMF()
     x, view = torch.randn(2, 48, 90), MultiFrequencyDiscriminator((32,), (32,)).views[0]

@@ -13,7 +13,8 @@ from .codec import detokenize, tokenize
 from .layouts import Sequence, arrange
 from .runs import Runs, collapse
 from .tokens import AudioTokens
-from .worth import Usage, choose, gains, prefix_errors, relative_error, usage
+from .worth import Usage, choose, gains, prefix_errors, relative_error, semantic_error, spectral_error, usage
 
 __all__ = ["AudioTokens", "Runs", "Sequence", "Usage", "arrange", "choose", "collapse", "detokenize", "detokenize_chunked",
-           "gains", "prefix_errors", "relative_error", "sound_blocks", "tokenize", "tokenize_chunked", "usage"]
+           "gains", "prefix_errors", "relative_error", "semantic_error", "sound_blocks", "spectral_error", "tokenize",
+           "tokenize_chunked", "usage"]

@@ -67,6 +67,26 @@ def relative_error(reference: Tensor, decoded: Tensor) -> float:
     return error / energy if energy else float(error > 0)
 
 
+def spectral_error(reference: Tensor, decoded: Tensor) -> float:
+    """Mean |log difference| of magnitudes in nats, over X-Codec's three resolutions; at least 1,025 samples."""
+    from ..xcodec.losses import spectral_loss
+    return float(spectral_loss(decoded[None], reference[None])[1])
+
+
+def semantic_error(hearer: Any) -> Distortion:
+    """A distortion for `prefix_errors`: ||f(decoded) - f(reference)||^2 / ||f(reference) - its mean over time||^2.
+
+    hearer   an XcodecModel, whose teacher (HuBERT, WavLM) gives the features f; it need not be the codec that is judged, but
+             hears at the rate of the sounds. 1 is as bad as to know the mean alone
+    """
+    @torch.no_grad()
+    def distortion(reference: Tensor, decoded: Tensor) -> float:
+        device = next(hearer.parameters()).device
+        said, heard = (hearer._extract_semantic_features(x[None, None].to(device))[0].double() for x in (decoded, reference))
+        return float((said - heard).square().sum() / (heard - heard.mean(0)).square().sum())
+    return distortion
+
+
 def prefix_errors(model: Any, tokens: AudioTokens, reference: list[Sound], distortion: Distortion = relative_error) -> Tensor:
     """The distortion of each recording decoded from its first 1, 2 ... n_q books. (B, n_q) float64
 

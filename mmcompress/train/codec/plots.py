@@ -55,9 +55,9 @@ def _errors(ax: Any, evals: Sequence[Mapping[str, Any]]) -> None:
             ax.plot(*zip(*at), color=COLORS[i], marker=MARKERS[i], markersize=5, linewidth=1.6, label=name,
                     markeredgecolor="white", markeredgewidth=0.6)
     n = evals[-1]["segments"] if evals else 0
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.3 * ax.dataLim.y1)
     ax.set_title(f"held-out sound, all books (n = {n} segments)", fontsize=10.5, color=INK, loc="left")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
 
 
 def _books(ax: Any, evals: Sequence[Mapping[str, Any]]) -> None:
@@ -69,8 +69,9 @@ def _books(ax: Any, evals: Sequence[Mapping[str, Any]]) -> None:
     if len(evals) > 1:
         ax.scatter(books, evals[0]["used"], color=INK, s=16, zorder=3, label=f"step {evals[0]['step']}")
     ax.axhline(0.8, color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
-    ax.set_ylim(0, 1.03)
+    ax.set_ylim(0, 1.22)
+    ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     ax.set_xticks(list(books))
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     ax.set_title(f"codes that occur ({evals[-1]['frames']:,} frames)", fontsize=10.5, color=INK, loc="left")
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
