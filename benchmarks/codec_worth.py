@@ -2,9 +2,9 @@
 
     python benchmarks/codec_worth.py semantic/model plain/model --out out/codec_worth.csv
 
-Synthesised sentences that no training draws. Of each book: codes that occur, entropy, and what it takes off the error of the log
-spectrum and off the semantic error (the first codec's teacher hears original and decoded sound). Then a mean rate of half the
-books: the same number for every sentence, against `choose` by the spectral error. Writes CSV.
+Synthesised sentences that no training draws. Of each book: codes that occur, entropy, and what it takes off the log
+spectrum error and off the semantic error (the first codec's teacher hears original and decoded sound). Then a mean rate of half
+the books: the same number for every sentence, against `choose` by the spectral error. Writes CSV.
 """
 
 from __future__ import annotations
