@@ -77,17 +77,20 @@ def detach(model: Any) -> None:
         handle.detach()
 
 
-def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any) -> None:
     """In place of the stock method of this name: where it would make a dynamic cache, one of ours."""
     handle: Attached = vars(model)[_HANDLE]
     given = model_kwargs.get("past_key_values")
+    if generation_mode == "assisted_generation":
+        raise ValueError("assistant_model or prompt_lookup_num_tokens: guesses come in with the prompt, and would be "
+                         "compressed with it before they are checked; leave them out, or detach(model)")
     if given is None and generation_config.cache_implementation not in (None, "dynamic"):
         raise ValueError(f"cache_implementation={generation_config.cache_implementation!r} with a compressed cache attached: "
                          f"leave it out, or detach(model)")
     if generation_config.prefill_chunk_size and not handle.plan.again:
         raise ValueError(f"prefill_chunk_size={generation_config.prefill_chunk_size}: the plan would compress the first chunk "
                          f"alone; pass again=True to {type(handle.plan).__name__}")
-    getattr(type(model), _PREPARE)(model, generation_config, model_kwargs, *args, **kwargs)
+    getattr(type(model), _PREPARE)(model, generation_config, model_kwargs, generation_mode, *args)
     if given is None and model_kwargs.get("past_key_values") is not None:
         model_kwargs["past_key_values"] = handle.cache()
 
