@@ -1,5 +1,7 @@
 """A compressed cache: exact against the stock model and a dense reference, layer by layer and head by head."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -236,13 +238,65 @@ def test_crop_takes_generated_tokens_back():
         cache, straight = attached.cache(), attached.cache()
         turns(model, cache, [dict(input_ids=ids), dict(input_ids=more)])
         cache.crop(-3)
-        assert cache.get_seq_length() == 22
+        assert cache.get_seq_length() == cache.timeline.length == 22
         got = turns(model, cache, [dict(input_ids=other)])[0]
         want = turns(model, straight, [dict(input_ids=ids), dict(input_ids=more[:, :2]), dict(input_ids=other)])[2]
         torch.testing.assert_close(got, want, **NEAR)
         assert cache.timeline.positions.tolist() == straight.timeline.positions.tolist()
         with pytest.raises(ValueError, match="take back 5 at most"):
             cache.crop(-6)
+
+
+def test_crop_after_merging_and_before_anything_was_dropped():
+    model = tiny_model()
+    ids, more = words(2, 20), words(2, 5, 1)
+    with attach(model, RazorAttention(0.4, sinks=2, recent=3)) as attached:
+        cache = attached.cache()
+        want = turns(model, cache, [dict(input_ids=ids), dict(input_ids=more)])[1]
+        cache.crop(-5)
+        torch.testing.assert_close(turns(model, cache, [dict(input_ids=more)])[0], want, **NEAR)
+    with attach(model, KNorm(6, every=4)) as attached:
+        cache = attached.cache()
+        turns(model, cache, [dict(input_ids=ids[:, :6])])
+        cache.crop(-3)
+        turns(model, cache, [dict(input_ids=more[:, i:i + 1]) for i in range(4)])
+    assert cache.lengths == [6] * 3 and cache.get_seq_length() == 7
+
+
+def test_padding_in_a_second_turn_does_not_count():
+    """Rows of turns of unlike length, compressed again: each as alone."""
+    model = tiny_model()
+    (ids, mask), (more, new) = prompt((24, 15)), prompt((4, 9), seed=1)
+    both, last = torch.cat([mask, new], 1), words(2, 1, 2)
+    places = (both.cumsum(1) - 1).clamp_min(0)
+    ones = torch.cat([both, both.new_ones(2, 1)], 1)
+    calls = [dict(input_ids=ids, attention_mask=mask, position_ids=places[:, :24]),
+             dict(input_ids=more, attention_mask=both, position_ids=places[:, 24:]),
+             dict(input_ids=last, attention_mask=ones, position_ids=places[:, -1:] + 1)]
+    with attach(model, KNorm(0.5, again=True, sinks=2, recent=2)) as attached:
+        cache = attached.cache()
+        batch = turns(model, cache, calls)[2]
+        for row in range(2):
+            alone = attached.cache()
+            first, second = ids[row][mask[row].bool()][None], more[row][new[row].bool()][None]
+            single = turns(model, alone, [dict(input_ids=x) for x in (first, second, last[row:row + 1])])[2]
+            torch.testing.assert_close(batch[row], single[0], **NEAR)
+            assert kept_columns(alone)[1].sum() == kept_columns(cache)[1][row].sum()
+
+
+def test_a_cache_is_freed_with_its_last_reference():
+    """No cycle holds its memory until the garbage collector runs."""
+    model = tiny_model()
+    gc.disable()
+    try:
+        with attach(model, KNorm(0.5)) as attached:
+            cache = attached.cache()
+            turns(model, cache, [dict(input_ids=words(1, 12)), dict(input_ids=words(1, 1))])
+        keys = weakref.ref(cache.layers[0].keys)
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("whole", [True, False])

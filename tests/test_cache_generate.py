@@ -3,13 +3,17 @@
 import copy
 
 import pytest
+import tiny_video
 import torch
 from test_cache_dense import NEAR, dense, kept_columns, prompt, tiny_model, turns, words
 from tiny import IMAGE, llava, make_inputs
 from transformers import DynamicCache
 
+import mmcompress
 from mmcompress import SignalError, UnsupportedModelError, WrapError
+from mmcompress.budget import keep_count
 from mmcompress.cache import H2O, CompressedCache, KNorm, RazorAttention, SnapKV, StreamingLLM, attach, detach
+from mmcompress.image import Uniform
 
 WAYS = {"greedy": dict(do_sample=False), "sampling": dict(do_sample=True, top_k=0, temperature=1.5),
         "beams": dict(num_beams=3), "beams, several": dict(num_beams=4, num_return_sequences=2),
@@ -158,6 +162,54 @@ def test_tags_can_be_told():
         turns(model, cache, [dict(input_ids=words(1, 10))])
     for kept in kept_columns(cache).values():
         assert (kept & (tags == 3)).sum(-1).eq(2).all() and kept[..., tags[0] == 0].all()
+
+
+def test_rotary_positions_of_several_dimensions():
+    """Qwen2.5-VL: positions go on from the whole prompt's, clips and pictures and padding in it."""
+    model = tiny_video.build("qwen2_5_vl")
+    inputs = tiny_video.make_inputs(model, [[tiny_video.Film(6), tiny_video.Picture((30, 70))], [tiny_video.Picture()]])
+    options = dict(max_new_tokens=6, do_sample=False, suppress_tokens=[tiny_video.IMAGE, tiny_video.VIDEO], **SCORED)
+    stock = model.generate(**inputs, **options)
+    with attach(model, SnapKV(1.0)):
+        assert torch.equal(model.generate(**inputs, **options).sequences, stock.sequences)
+    with attach(model, SnapKV({"image": 0.3, "video": 0.2, "text": 0.8}, recent=3)) as attached:
+        cache = attached.cache()
+        got = model.generate(**inputs, past_key_values=cache, **options)
+    width = inputs["input_ids"].shape[1]
+    kept = kept_columns(cache)
+    for number, share in ((tiny_video.IMAGE, 0.3), (tiny_video.VIDEO, 0.2)):
+        of_kind = inputs["input_ids"] == number
+        for row in range(2):
+            count = keep_count(int(of_kind[row].sum()), share) if of_kind[row].any() else 0
+            assert (kept[0][row, :, :width] & of_kind[row]).sum(-1).eq(count).all()
+    with dense(model, {i: k[..., :width] for i, k in kept.items()}, width):
+        want = model.generate(**inputs, **options)
+    assert torch.equal(got.sequences, want.sequences)
+    for a, b in zip(got.scores, want.scores):
+        torch.testing.assert_close(a, b, **NEAR)
+    assert not torch.allclose(got.scores[1], stock.scores[1], atol=1e-2)
+
+
+def test_tokens_reduced_before_the_language_model_are_compressed_in_its_cache():
+    """wrap() shortens the prompt, the plan then drops slots of what is left: as if the picture had been that small."""
+    model = llava()
+    inputs = make_inputs(model, [[(24, 24)], [(24, 24)] * 2])
+    options = dict(max_new_tokens=6, do_sample=False, suppress_tokens=[IMAGE])
+    short = mmcompress.compress(model, inputs, image=Uniform(0.5))["attention_mask"].sum(1)
+    wrapped = mmcompress.wrap(model, image=Uniform(0.5))
+    before = wrapped.generate(**inputs, **options)
+    with attach(model, SnapKV({"image": 0.5}, recent=3)) as attached:
+        cache = attached.cache()
+        turns(wrapped, cache, [inputs])
+        wrapped.generate(**inputs, **options)
+    kept = kept_columns(cache)
+    assert (short - kept[0][:, 0].sum(-1)).tolist() == [9, 18]          # half of the half of 36 tokens a picture
+    with dense(model, kept, kept[0].shape[-1]):
+        want = wrapped.generate(**inputs, **options)
+    with attach(model, SnapKV({"image": 0.5}, recent=3)):
+        assert torch.equal(wrapped.generate(**inputs, **options), want)
+    assert torch.equal(wrapped.generate(**inputs, **options), before)
+    wrapped.remove()
 
 
 # attaching ------------------------------------------------------------------------------------------------------------

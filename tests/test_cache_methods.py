@@ -112,7 +112,7 @@ def view_of(seed=0, batch=2, n=23, queries=9, pad=0, bias=False):
     return CacheView(slots, draw(batch, 2, 3, queries, 8), Sight(mask, n - queries), real, positions, 0.35, 0, 1)
 
 
-@pytest.mark.parametrize("pad, bias", [(0, False), (16, False), (5, True)])
+@pytest.mark.parametrize("pad, bias", [(0, False), (20, False), (5, True)])
 def test_scores_are_sums_over_attention_maps(pad, bias):
     """With padding among the queries, and with masses; in tiles of any size."""
     x = view_of(pad=pad, bias=bias)
@@ -122,7 +122,7 @@ def test_scores_are_sums_over_attention_maps(pad, bias):
     maps = maps * x.real[:, None, None, -9:, None]
     for room in (1, 500, 2**24):
         torch.testing.assert_close(column_sums(x, room), maps.sum((2, 3)) / 3, **NEAR)
-    want = torch.stack([maps[b, :, :, -9:][:, :, x.real[b, -9:]][:, :, -4:].mean((1, 2)) for b in range(2)])
+    want = torch.stack([maps[b][:, :, x.real[b, -9:]][:, :, -4:].mean((1, 2)) for b in range(2)])    # 4 queries, or 3
     torch.testing.assert_close(window_attention(x, 4), want, **NEAR)
 
 

@@ -85,9 +85,8 @@ def fold_into(slots: Slots, index: Tensor, valid: Tensor, target: Tensor) -> Slo
             own. A slot keeps the column of the one that stays.
     """
     kept = slots.take(index, valid)
-    goes = (target >= 0) & slots.valid
     to = target.clamp_min(0)
-    part = slots.mass * goes                                                                        # (B, H, N)
+    part = slots.mass * (target >= 0)                                                               # (B, H, N)
     total = torch.zeros(index.shape, device=part.device).scatter_add(2, to, part)                   # (B, H, K)
 
     def mean(x: Tensor) -> Tensor:
