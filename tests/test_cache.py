@@ -140,6 +140,22 @@ def test_a_padded_batch_equals_its_rows_alone(name, side):
     assert not any(layer.whole for layer in cache.slot_layers)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_half_precision_decodes_as_the_dense_reference(attention):
+    model = tiny_model(attention=attention).bfloat16()
+    calls = [dict(input_ids=words(2, 24)), dict(input_ids=words(2, 6, 1)), dict(input_ids=words(2, 1, 2))]
+    stock = turns(model, DynamicCache(config=model.config), calls)
+    with attach(model, SnapKV(0.4, recent=4)) as attached:
+        cache, whole = attached.cache(), CompressedCache(model.config)
+        got = turns(model, cache, calls)
+        assert all(torch.equal(a, b) for a, b in zip(turns(model, whole, calls), stock))
+    with dense(model, {i: k[..., :24] for i, k in kept_columns(cache).items()}, 24):
+        want = turns(model, DynamicCache(config=model.config), calls)
+    for a, b, c in zip(got[1:], want[1:], stock[1:]):
+        error, effect = (a - b).float().norm(), (b - c).float().norm()
+        assert a.dtype == torch.bfloat16 and error < 0.1 * effect
+
+
 # masses ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("attend", [attend_sdpa, attend_explicit])
 def test_a_merged_slot_is_attention_over_the_copies_it_stands_for(attend):

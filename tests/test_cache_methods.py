@@ -23,6 +23,7 @@ from mmcompress.cache import (
     SnapKV,
     StreamingLLM,
     attach,
+    find_retrieval_heads,
 )
 from mmcompress.cache.attention import attend_explicit, attend_sdpa
 from mmcompress.cache.scores import column_sums, window_attention
@@ -182,6 +183,35 @@ def test_razor_attention_keeps_short_prompts_whole_and_can_go_without_compensati
     with attach(model, RazorAttention(0.3, sinks=2, recent=3, compensation=False)) as attached:
         got = turns(model, attached.cache(), [dict(input_ids=words(2, N)), dict(input_ids=words(2, 3, 1))])[1]
     torch.testing.assert_close(got, want, **NEAR)
+
+
+def test_the_probe_finds_heads_that_copy():
+    """Against the maps of the stock eager model, counted one query at a time."""
+    period, repeats = 10, 4
+    model = tiny_model(attention="eager")
+    ids = torch.randint(100, (1, period), generator=torch.Generator().manual_seed(3)).repeat(1, repeats)
+    with torch.no_grad():
+        maps = torch.stack(model(ids, output_attentions=True).attentions)[:, 0]                     # (layers, H, N, N)
+    echo, induction = torch.zeros(3, 4), torch.zeros(3, 4)
+    for q in range(period, period * repeats):
+        for m in range(1, q // period + 1):
+            echo += maps[:, :, q, q - m * period] / (period * repeats - period)
+            induction += maps[:, :, q, q - m * period + 1] / (period * repeats - period)
+    echo, induction = (x.unflatten(1, (2, 2)).amax(2).flatten() for x in (echo, induction))
+    pairs = [(layer, head) for layer in range(3) for head in range(2)]
+    options = dict(period=period, repeats=repeats, seed=3)
+    for k in (1, 2, 5):
+        found = find_retrieval_heads(model, induction=k / 6, echo=0.0, **options)
+        assert found == tuple(sorted(pairs[i] for i in induction.topk(k).indices.tolist()))
+        found = find_retrieval_heads(model, induction=0.0, echo=k / 6, **options)
+        assert found == tuple(sorted(pairs[i] for i in echo.topk(k).indices.tolist()))
+    both = find_retrieval_heads(model, **options)
+    assert set(both) == {pairs[int(induction.argmax())], pairs[int(echo.argmax())]}
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match=r"induction=1\.4"):
+        find_retrieval_heads(model, induction=1.4)
+    with pytest.raises(ValueError, match="repeats=1"):
+        find_retrieval_heads(model, repeats=1)
 
 
 # scorers with parameters ----------------------------------------------------------------------------------------------

@@ -15,10 +15,12 @@ from .plan import CachePlan, Kept
 from .random import Random
 from .razor_attention import RazorAttention
 from .recent import Recent
+from .retrieval_heads import find_retrieval_heads
 from .slots import Slots, fold_into
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
 from .view import TAGS, CacheView
 
 __all__ = ["H2O", "TAGS", "Attached", "CachePlan", "CacheView", "CompressedCache", "KNorm", "Kept", "KeyDiff", "Random",
-           "RazorAttention", "Recent", "SlotLayer", "Slots", "SnapKV", "StreamingLLM", "attach", "detach", "fold_into"]
+           "RazorAttention", "Recent", "SlotLayer", "Slots", "SnapKV", "StreamingLLM", "attach", "detach",
+           "find_retrieval_heads", "fold_into"]

@@ -147,7 +147,7 @@ class SlotLayer(DynamicLayer):
         real = sight.real(batch, self.seen, device)
         queries = query.unflatten(1, (self.keys.shape[1], -1))
         assert self.timeline.positions is not None
-        x = CacheView(self.slots, queries, sight, real, self.timeline.positions, scaling, self.layer, self.depth,
+        x = CacheView(self.slots, queries, sight, real, self.timeline.positions.to(device), scaling, self.layer, self.depth,
                       self.timeline.tags_of(batch, self.seen, device), hidden)
         if self.whole:
             x = replace(x, slots=replace(x.slots, valid=x.of_columns(real)))
