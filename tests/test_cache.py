@@ -1,5 +1,6 @@
 """A compressed cache: exact against the stock model and a dense reference, layer by layer and head by head."""
 
+import copy
 import gc
 import weakref
 from dataclasses import replace
@@ -315,6 +316,20 @@ def test_a_cache_is_freed_with_its_last_reference():
         gc.enable()
 
 
+def test_a_copied_cache_goes_its_own_way():
+    model = tiny_model()
+    ids, more, other = prompt((20, 12))[0], words(2, 4, 1), words(2, 4, 2)
+    with attach(model, SnapKV(0.4, recent=3)) as attached:
+        cache, straight = attached.cache(), attached.cache()
+        turns(model, cache, [dict(input_ids=ids)])
+        twin = copy.deepcopy(cache)
+        turns(model, cache, [dict(input_ids=more)])
+        got = turns(model, twin, [dict(input_ids=other)])[0]
+        want = turns(model, straight, [dict(input_ids=ids), dict(input_ids=other)])[1]
+    assert torch.equal(got, want) and twin.timeline.length == 24
+    assert all(layer.timeline is twin.timeline for layer in twin.layers)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_rows_are_repeated_chosen_and_reordered(whole):
     model = tiny_model()
@@ -384,9 +399,15 @@ def test_a_prompt_in_chunks_keeps_what_a_whole_one_keeps():
 
 def test_a_cache_without_its_attention_says_so():
     model = tiny_model()
-    cache = CompressedCache(model.config, H2O(0.5))
-    model(words(1, 8), past_key_values=cache)
     with pytest.raises(UnsupportedModelError, match="attach"):
+        model(words(1, 8), past_key_values=CompressedCache(model.config, H2O(0.5)))
+    with attach(model, H2O(0.5)) as attached:
+        cache, fresh = attached.cache(), attached.cache()
+        turns(model, cache, [dict(input_ids=words(1, 8))])
+        fresh.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)       # and attention of another kind reads it
+        with pytest.raises(UnsupportedModelError, match="does not look"):
+            fresh.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
+    with pytest.raises(UnsupportedModelError, match="stay attached"):
         model(words(1, 1), past_key_values=cache)
 
 

@@ -4,6 +4,8 @@
 
     with attach(model, SnapKV(keep=0.25)):
         ids = model.generate(**inputs, max_new_tokens=64)
+
+A method is a file with a `CachePlan`: frozen fields and `scores(x) -> (B, H_kv, N)`; `evict` and `fold` are its other stages.
 """
 
 from .attach import Attached, attach, detach

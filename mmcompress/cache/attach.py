@@ -49,9 +49,10 @@ class Attached:
 
 
 def attach(model: Any, plan: CachePlan) -> Attached:
-    """Let a model's attention look at slots, and its `generate` make caches that `plan` keeps small. This instance only.
+    """Let a model's attention look at slots, and its `generate` make caches that `plan` keeps small.
 
-    Raises WrapError where one is attached already, UnsupportedModelError for attention other than SDPA and eager.
+    This instance only, and others that were built around the very same config object. Raises WrapError where one is attached
+    already, UnsupportedModelError for attention other than SDPA and eager.
     """
     model = base_of(model)
     if _HANDLE in vars(model):

@@ -30,6 +30,11 @@ def name_of(stock: str) -> str:
     return f"mmcompress_{stock}"
 
 
+def is_ours(implementation: str | None) -> bool:
+    """Whether a config's attention looks at slots."""
+    return implementation in {name_of(stock) for stock in STOCK}
+
+
 def register() -> None:
     """Make our names known to transformers; the masks under them are the stock ones."""
     from transformers import AttentionInterface, AttentionMaskInterface

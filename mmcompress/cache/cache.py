@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer
 
 from ..errors import UnsupportedModelError
-from .attention import LAYER
+from .attention import LAYER, is_ours
 from .slots import Slots, slots_of
 from .view import CacheView, Sight
 
@@ -66,14 +66,15 @@ class Timeline:
 class SlotLayer(DynamicLayer):
     """One layer: keys and values as stock while it holds every column (`whole`), slots with their columns afterwards.
 
+    config is the language model's: whether its attention knows slots is asked there.
+
     seen  its logical length: how many columns came in; masks and positions count by it
     base  how many of them had come when it was last compressed
     """
 
-    def __init__(self, plan: Any = None, layer: int = 0, depth: int = 1, timeline: Timeline | None = None) -> None:
+    def __init__(self, config: Any, plan: Any, layer: int, depth: int, timeline: Timeline) -> None:
         super().__init__()
-        self.plan, self.layer, self.depth = plan, layer, depth
-        self.timeline = Timeline() if timeline is None else timeline
+        self.config, self.plan, self.layer, self.depth, self.timeline = config, plan, layer, depth, timeline
         self._empty()
 
     keys: Any
@@ -105,9 +106,9 @@ class SlotLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new tokens. The keys that come back carry the layer, for `slot_attention`."""
-        if self.unread and self.plan is not None:
+        if self.plan is not None and (self.unread or not is_ours(self.config._attn_implementation)):
             raise UnsupportedModelError("this model's attention does not look at the cache's slots: attach(model, plan) first, "
-                                        "from mmcompress.cache, and pass the cache it makes")
+                                        "from mmcompress.cache, pass the cache it makes, and stay attached while it is used")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.whole:
@@ -209,8 +210,8 @@ class CompressedCache(DynamicCache):
         if any(isinstance(layer, DummyLayer) for layer in self.layers):
             raise UnsupportedModelError(f"{config.model_type}: some layers share the keys and values of others, which a "
                                         f"compressed cache does not know; use the stock cache")
-        self.timeline, depth = Timeline(), len(self.layers)
-        self.layers = [SlotLayer(plan, i, depth, self.timeline) if type(layer) is DynamicLayer else layer
+        self.timeline, depth, text = Timeline(), len(self.layers), config.get_text_config(decoder=True)
+        self.layers = [SlotLayer(text, plan, i, depth, self.timeline) if type(layer) is DynamicLayer else layer
                        for i, layer in enumerate(self.layers)]
 
     @property

@@ -17,7 +17,8 @@ TAGS = ("text", "image", "video", "audio")      # modality tags are numbers into
 class Sight:
     """Which columns the queries of one call may look at.
 
-    mask   what the stock model made for all columns: (B or 1, 1, Q, L or more) bool or additive; None where causality says all
+    mask   what the stock model made for all columns: (B or 1, 1, Q, L or more) bool, or additive and then read as seen or not;
+           None where causality says all
     start  the column of the first query
     """
 
@@ -37,7 +38,7 @@ class Sight:
         column = slots.column[:, :, None]                                                           # (B, H, 1, N)
         if self.mask is None:
             return (column <= self.start + rows[:, None, :, None]) & slots.valid[:, :, None]
-        self._check(slots, rows)
+        self._check(self.mask)
         looks = self._allowed(self.mask.expand(len(rows), -1, -1, -1))
         looks = looks.gather(2, rows[:, None, :, None].expand(-1, 1, -1, looks.shape[-1]))          # (B, 1, q, L)
         column = column.expand(-1, -1, rows.shape[1], -1)
@@ -49,12 +50,12 @@ class Sight:
             return torch.ones(batch, length, dtype=torch.bool, device=device)
         return self._allowed(self.mask[:, 0, -1, :length]).expand(batch, -1)
 
-    def _check(self, slots: Slots, rows: Tensor) -> None:
-        assert self.mask is not None
-        if self.mask.shape[3] < self.start + self.mask.shape[2]:
-            raise ValueError(f"an attention mask of {self.mask.shape[3]} columns for {self.mask.shape[2]} tokens after "
-                             f"{self.start}: a compressed cache counts columns as if nothing had been dropped; pass a mask of "
-                             f"{self.start + self.mask.shape[2]} columns, or a 2-D one")
+    def _check(self, mask: Tensor) -> None:
+        queries, columns = mask.shape[2:]
+        if columns < self.start + queries:
+            raise ValueError(f"an attention mask of {columns} columns for {queries} tokens after {self.start}: a compressed "
+                             f"cache counts columns as if nothing had been dropped; pass a mask of {self.start + queries} "
+                             f"columns, or a 2-D one")
 
     @staticmethod
     def _allowed(mask: Tensor) -> Tensor:
