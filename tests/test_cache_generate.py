@@ -14,6 +14,7 @@ from mmcompress import SignalError, UnsupportedModelError, WrapError
 from mmcompress.budget import keep_count
 from mmcompress.cache import H2O, CompressedCache, KNorm, RazorAttention, SnapKV, StreamingLLM, attach, detach
 from mmcompress.image import Uniform
+from mmcompress.layers import FastV
 
 WAYS = {"greedy": dict(do_sample=False), "sampling": dict(do_sample=True, top_k=0, temperature=1.5),
         "beams": dict(num_beams=3), "beams, several": dict(num_beams=4, num_return_sequences=2),
@@ -210,6 +211,13 @@ def test_tokens_reduced_before_the_language_model_are_compressed_in_its_cache():
         assert torch.equal(wrapped.generate(**inputs, **options), want)
     assert torch.equal(wrapped.generate(**inputs, **options), before)
     wrapped.remove()
+
+
+def test_tokens_dropped_between_layers_are_refused():
+    model = llava()
+    with mmcompress.wrap(model, layers=[FastV(1, 0.5)]) as wrapped, attach(model, SnapKV(0.5, recent=3)), \
+            pytest.raises(UnsupportedModelError, match="before the language model"):
+        wrapped.generate(**make_inputs(model, [[(24, 24)]]), max_new_tokens=3)
 
 
 # attaching ------------------------------------------------------------------------------------------------------------

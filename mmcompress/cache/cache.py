@@ -148,6 +148,10 @@ class SlotLayer(DynamicLayer):
         real = sight.real(batch, self.seen, device)
         queries = query.unflatten(1, (self.keys.shape[1], -1))
         assert self.timeline.positions is not None
+        if self.timeline.length != self.seen:
+            raise UnsupportedModelError(f"layer {self.layer} has seen {self.seen} tokens and the cache {self.timeline.length}: "
+                                        f"tokens were dropped between layers (layers=[...]), whose positions a compressed "
+                                        f"cache does not know; use reducers before the language model with it")
         x = CacheView(self.slots, queries, sight, real, self.timeline.positions.to(device), scaling, self.layer, self.depth,
                       self.timeline.tags_of(batch, self.seen, device), hidden)
         if self.whole:
