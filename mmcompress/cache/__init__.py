@@ -1,0 +1,28 @@
+"""The key-value cache, made smaller: one cache for every method, each a plan over its slots.
+
+    from mmcompress.cache import SnapKV, attach
+
+    with attach(model, SnapKV(keep=0.25)):
+        ids = model.generate(**inputs, max_new_tokens=64)
+
+A method is a file with a `CachePlan`: frozen fields and `scores(x) -> (B, H_kv, N)`; `evict` and `fold` are its other stages.
+"""
+
+from .attach import Attached, attach, detach
+from .cache import CompressedCache, SlotLayer
+from .h2o import H2O
+from .keydiff import KeyDiff
+from .knorm import KNorm
+from .plan import CachePlan, Kept
+from .random import Random
+from .razor_attention import RazorAttention
+from .recent import Recent
+from .retrieval_heads import find_retrieval_heads
+from .slots import Slots, fold_into
+from .snapkv import SnapKV
+from .streaming_llm import StreamingLLM
+from .view import TAGS, CacheView
+
+__all__ = ["H2O", "TAGS", "Attached", "CachePlan", "CacheView", "CompressedCache", "KNorm", "Kept", "KeyDiff", "Random",
+           "RazorAttention", "Recent", "SlotLayer", "Slots", "SnapKV", "StreamingLLM", "attach", "detach",
+           "find_retrieval_heads", "fold_into"]

@@ -1,0 +1,135 @@
+"""The only file here that changes a model instance, and undoes it."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat import base_of
+from ..errors import UnsupportedModelError, WrapError
+from .attention import STOCK, name_of, register
+from .cache import CompressedCache, SlotLayer
+from .plan import CachePlan
+from .view import TAGS
+
+_HANDLE, _PREPARE = "_mmcompress_cache", "_prepare_cache_for_generation"
+
+
+class Attached:
+    """A model whose `generate` keeps its cache small. Undo it with `detach()`, or use it as a context manager."""
+
+    def __init__(self, model: Any, plan: CachePlan) -> None:
+        self.model, self.plan = model, plan
+        self.config = model.config.get_text_config(decoder=True)
+        self.stock: str = self.config._attn_implementation
+        self._hooks: list[Any] = []
+
+    def cache(self) -> CompressedCache:
+        """An empty cache, to pass as `past_key_values` to `forward` or `generate`. `generate` makes one where none is given."""
+        return CompressedCache(self.config, self.plan)
+
+    def detach(self) -> None:
+        """Make the model what it was. Caches made for it that have dropped something are of no use afterwards."""
+        if vars(self.model).get(_HANDLE) is not self:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self.config._attn_implementation = self.stock
+        for name in (_HANDLE, _PREPARE):
+            del vars(self.model)[name]
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.detach()
+
+
+def attach(model: Any, plan: CachePlan) -> Attached:
+    """Let a model's attention look at slots, and its `generate` make caches that `plan` keeps small.
+
+    This instance only, and others that were built around the very same config object. Raises WrapError where one is attached
+    already, UnsupportedModelError for attention other than SDPA and eager.
+    """
+    model = base_of(model)
+    if _HANDLE in vars(model):
+        raise WrapError(f"{type(model).__name__} has a compressed cache already; detach(model) first")
+    handle = Attached(model, plan)
+    if handle.stock not in STOCK:
+        raise UnsupportedModelError(f"attn_implementation={handle.stock!r}: a compressed cache stands on {' or '.join(STOCK)}; "
+                                    f"load the model with attn_implementation='sdpa'")
+    if not hasattr(model, _PREPARE):
+        raise UnsupportedModelError(f"{type(model).__name__} does not generate; attach to the model with a language head")
+    register()
+    handle.config._attn_implementation = name_of(handle.stock)
+    handle._hooks = _hooks(model, plan)
+    vars(model)[_HANDLE] = handle
+    vars(model)[_PREPARE] = MethodType(_prepare, model)
+    return handle
+
+
+def detach(model: Any) -> None:
+    """Undo `attach`; nothing where nothing is attached."""
+    handle: Attached | None = vars(base_of(model)).get(_HANDLE)
+    if handle is not None:
+        handle.detach()
+
+
+def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any) -> None:
+    """In place of the stock method of this name: where it would make a dynamic cache, one of ours."""
+    handle: Attached = vars(model)[_HANDLE]
+    given = model_kwargs.get("past_key_values")
+    if generation_mode == "assisted_generation":
+        raise ValueError("assistant_model or prompt_lookup_num_tokens: guesses come in with the prompt, and would be "
+                         "compressed with it before they are checked; leave them out, or detach(model)")
+    if given is None and generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(f"cache_implementation={generation_config.cache_implementation!r} with a compressed cache attached: "
+                         f"leave it out, or detach(model)")
+    if generation_config.prefill_chunk_size and not handle.plan.again:
+        raise ValueError(f"prefill_chunk_size={generation_config.prefill_chunk_size}: the plan would compress the first chunk "
+                         f"alone; pass again=True to {type(handle.plan).__name__}")
+    getattr(type(model), _PREPARE)(model, generation_config, model_kwargs, generation_mode, *args)
+    if given is None and model_kwargs.get("past_key_values") is not None:
+        model_kwargs["past_key_values"] = handle.cache()
+
+
+def _hooks(model: Any, plan: CachePlan) -> list[Any]:
+    """What a plan has to be told and a cache cannot see: hidden states, and where the placeholders of a prompt stand."""
+    hooks = []
+    if "hidden" in plan.needs:
+        layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
+        hooks += [m.register_forward_pre_hook(_note_hidden, with_kwargs=True) for m in layers]
+    if placeholders(model.config):
+        hooks.append(getattr(model, model.base_model_prefix).register_forward_pre_hook(_note_tags, with_kwargs=True))
+    return hooks
+
+
+def _note_hidden(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, CompressedCache) and isinstance(layer := cache.layers[module.layer_idx], SlotLayer):
+        layer.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def _note_tags(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(cache, CompressedCache) and ids is not None and ids.shape[1] > 1:
+        cache.tag(tags_of(module.config, ids))
+
+
+def placeholders(config: Any) -> dict[int, int]:
+    """Placeholder ids that a multimodal config names -> their tags; empty for a model of text."""
+    names = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index"),
+             "audio": ("audio_token_id", "audio_token_index")}
+    found = {tag: getattr(config, next((n for n in options if hasattr(config, n)), ""), None) for tag, options in names.items()}
+    return {number: TAGS.index(tag) for tag, number in found.items() if number is not None}
+
+
+def tags_of(config: Any, input_ids: Tensor) -> Tensor:
+    """The modality of each token of a prompt, from its placeholders. (B, n) -> (B, n) int64"""
+    tags = torch.zeros_like(input_ids)
+    for number, tag in placeholders(config).items():
+        tags = tags.masked_fill(input_ids == number, tag)
+    return tags

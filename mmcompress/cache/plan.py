@@ -1,0 +1,162 @@
+"""What every way of shrinking the cache is: a plan of stages, score -> evict -> fold, over one layer's slots."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..budget import check_keep, keep_count
+from ..ops.ranking import mask_to_index, ranks
+from .slots import Slots
+from .view import TAGS, CacheView
+
+Need = Literal["hidden"]
+Keep = float | int | Sequence[float | int] | Mapping[str, float | int]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Which slots stay. mask (B, H_kv, N) bool; heads may keep unlike many.
+
+    width  what no head exceeds, known on the host; None: read from the mask, which waits for the device
+    """
+
+    mask: Tensor
+    width: int | None = None
+
+    def index(self) -> tuple[Tensor, Tensor]:
+        """-> (B, H_kv, K) int64 in order, and which of the K there are (B, H_kv, K) bool"""
+        n = self.mask.shape[2]
+        width = max(1, int(self.mask.sum(-1).max())) if self.width is None else min(self.width, n)
+        index = mask_to_index(self.mask.flatten(0, 1), width).unflatten(0, self.mask.shape[:2])
+        return index.clamp_max(n - 1), index < n
+
+
+@dataclass(frozen=True)
+class CachePlan(ABC):
+    """Base of the built-in methods: a frozen dataclass whose fields are its configuration, and pure functions of tensors.
+
+    A subclass writes `scores`; the budget is here, `evict` may be replaced by a method that divides it otherwise and `fold` by
+    one that merges. A scorer with parameters is a field: an `nn.Module` that `scores` calls. Queries, keys, values, positions
+    and modalities are always there (`CacheView`); `needs` names what has to be read from the model for it.
+
+    keep    what a layer keeps of all the tokens that the cache has seen, padding not counted: a share, or a count; a sequence
+            of one a layer; or a mapping from modality, as {"image": 0.1}, where modalities that are not named stay whole
+    sinks   so many of a row's first tokens always stay
+    recent  so many of its last ones, or that share of the budget. Sinks and recent tokens are paid from the budget, and stay
+            where it is smaller than they are
+    again   compress after every prompt, not the first alone, to the share of all the tokens so far: for chunked prefill
+    every   compress while decoding too, when so many tokens have come since the last time; None: generated tokens all stay
+    """
+
+    keep: Keep = 0.25
+    sinks: int = 4
+    recent: int | float = 32
+    again: bool = False
+    every: int | None = None
+
+    needs: ClassVar[tuple[Need, ...]] = ()
+    asks_queries: ClassVar[bool] = False        # judges by a prompt's queries, so cannot judge while decoding
+
+    def __post_init__(self) -> None:
+        _check(self.keep)
+        if self.sinks < 0 or isinstance(self.sinks, bool):
+            raise ValueError(f"sinks={self.sinks}: how many of the first tokens always stay, 0 or more")
+        if self.recent < 0 or (isinstance(self.recent, float) and self.recent >= 1):
+            raise ValueError(f"recent={self.recent}: how many of the last tokens always stay (int), or a share of the budget "
+                             f"(float in [0, 1))")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every={self.every}: compress after so many generated tokens, 1 or more; None: never")
+        if self.every is not None and self.asks_queries:
+            raise ValueError(f"{type(self).__name__}(every={self.every}): it judges by the queries of a prompt, and decoding "
+                             f"has one query a step; leave every out, or use StreamingLLM, KNorm or KeyDiff")
+
+    @abstractmethod
+    def scores(self, x: CacheView) -> Tensor:
+        """What each slot is worth. (B, H_kv, N) float32, higher is kept; of equals the earlier"""
+
+    def evict(self, x: CacheView, scores: Tensor) -> Kept:
+        """The best of each head, sinks and recent tokens first."""
+        if isinstance(self.keep, Mapping):
+            return self._by_modality(x, scores, self.keep)
+        keep = self.at(x.layer, x.depth)
+        real = x.real.sum(1)
+        count = budget(real, keep)[:, None, None]
+        columns = x.real.shape[1]
+        width = max(keep_count(columns, keep), self.sinks + (self.recent if isinstance(self.recent, int) else 0))
+        return Kept(admit(scores, x.valid, self.forced(x.valid, count), count), width)
+
+    def fold(self, x: CacheView, kept: Kept) -> Slots:
+        """The slots after eviction; here what goes is gone."""
+        return x.slots.take(*kept.index())
+
+    def __call__(self, x: CacheView) -> Slots:
+        """The layer's slots, fewer; the same object where the budget holds all of them."""
+        if not isinstance(self.keep, Mapping) and self.keeps_all(x):
+            return x.slots
+        return self.fold(x, self.evict(x, self.scores(x)))
+
+    def keeps_all(self, x: CacheView) -> bool:
+        columns = x.real.shape[1]
+        return keep_count(columns, self.at(x.layer, x.depth)) >= columns
+
+    def at(self, layer: int, depth: int) -> float | int:
+        """The budget of one layer."""
+        if isinstance(self.keep, (float, int)):
+            return self.keep
+        assert not isinstance(self.keep, Mapping)
+        if len(self.keep) != depth:
+            raise ValueError(f"keep has {len(self.keep)} entries, the model {depth} layers; give one for each")
+        return self.keep[layer]
+
+    def forced(self, valid: Tensor, count: Tensor) -> Tensor:
+        """Sinks and recent tokens. valid (B, H_kv, N) -> (B, H_kv, N) bool"""
+        order = valid.long().cumsum(-1)                                                             # 1, 2, ... along the valid
+        total = order[..., -1:]
+        recent = self.recent if isinstance(self.recent, int) else (count * self.recent + 1e-9).floor().long()
+        return valid & ((order <= self.sinks) | (order > total - recent))
+
+    def _by_modality(self, x: CacheView, scores: Tensor, keep: Mapping[str, float | int]) -> Kept:
+        tags, of_slot = x.tagged(), x.tag
+        forced = self.forced(x.valid, x.valid.sum(-1, keepdim=True))
+        mask = torch.zeros_like(x.valid)
+        for number, name in enumerate(TAGS):
+            own = x.valid & (of_slot == number)
+            count = budget((x.real & (tags == number)).sum(1), keep.get(name, 1.0))[:, None, None]
+            mask |= admit(scores, own, forced & own, count)
+        return Kept(mask)
+
+
+def admit(scores: Tensor, valid: Tensor, forced: Tensor, count: Tensor) -> Tensor:
+    """The `count` best valid slots of each head, the forced ones first and all of them. -> (B, H_kv, N) bool
+
+    scores (B, H_kv, N), count (B, 1 or H_kv, 1) int64
+    """
+    best = scores.float().masked_fill(~valid, -torch.inf).masked_fill(forced, torch.inf)
+    count = torch.maximum(count, forced.sum(-1, keepdim=True))
+    return (ranks(best) < count) & valid
+
+
+def budget(tokens: Tensor, keep: float | int) -> Tensor:
+    """`keep_count` of many numbers of tokens, on their device. (B,) int64 -> (B,) int64"""
+    if isinstance(keep, int):
+        return tokens.clamp_max(keep)
+    return torch.minimum((tokens.double() * keep + 1e-9).floor().long().clamp_min(1), tokens)
+
+
+def _check(keep: Any) -> None:
+    if isinstance(keep, Mapping):
+        if unknown := sorted(set(keep) - set(TAGS)):
+            raise ValueError(f"keep={dict(keep)!r}: no modality {unknown[0]!r}; known: {', '.join(TAGS)}")
+        for name, one in keep.items():
+            check_keep(one, f"keep[{name!r}]")
+    elif isinstance(keep, Sequence) and not isinstance(keep, str):
+        for i, one in enumerate(keep):
+            check_keep(one, f"keep[{i}]")
+    else:
+        check_keep(keep)
