@@ -1,29 +1,12 @@
 """Scores of keys alone and pooling against loops that follow their definition."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from kv_ops import BACKENDS, DEVICE, poisoned  # noqa: F401
 
 from mmcompress.ops.kv_keys import key_diversity, key_diversity_reference, key_norm, pool_scores
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ("torch", "triton")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Outputs start as NaN, so a place that no kernel wrote shows."""
-    plain = torch.empty
-
-    def empty(*args, **kwargs):
-        out = plain(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", empty)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def keys(n, d=24, dtype=torch.float32):
@@ -33,8 +16,8 @@ def keys(n, d=24, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n", [1, 63, 65, 200])
+@pytest.mark.parametrize("n, dtype", [(1, torch.float32), (63, torch.bfloat16), (65, torch.float16), (65, torch.float32),
+                                      (200, torch.bfloat16)], ids=str)
 def test_norm_and_diversity_of_valid_keys(n, dtype, backend):
     k, valid = keys(n, dtype=dtype)
     valid[:, 0] = True

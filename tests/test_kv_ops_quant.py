@@ -1,31 +1,15 @@
 """Few bits: the published formulas, error bounds, exact bytes, and Triton codes equal to torch's."""
 
-import os
-
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from kv_ops import BACKENDS, DEVICE, needs_triton, poisoned  # noqa: F401
 
 from mmcompress.ops.kv_quant import balancer, pack, quantize, quantized_bytes, unpack
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.usefixtures("poisoned")
 GRIDS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Outputs start as NaN or 255, so a place that no kernel wrote shows."""
-    plain = torch.empty
-
-    def empty(*args, **kwargs):
-        out = plain(*args, **kwargs)
-        return out.fill_(torch.nan if out.is_floating_point() else 255)
-
-    monkeypatch.setattr(torch, "empty", empty)
 
 
 def slots(n, d=16, dtype=torch.float32, seed=0, spread=1.0):
@@ -62,7 +46,7 @@ def test_channels_are_tokens_turned(bits):
 
 @given(st.integers(0, 10_000), st.sampled_from([8, 4, 2]), st.sampled_from(["token", "channel"]), st.sampled_from(GRIDS),
        st.sampled_from([-6.0, 0.0, 2.0]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_errors_stay_within_the_bound(seed, bits, along, grid, spread):
     x = slots(12, seed=seed, spread=spread)
     got = quantize(x, bits, along, 4, grid=grid, kernel="torch")
@@ -106,7 +90,7 @@ def test_mikv_at_two_bits_with_groups_of_64_holds_an_element_in_two_and_a_half_b
     assert quantized_bytes((1, 8, 1000, 128), 2) * 8 == 1000 * 8 * 128 * 2.5
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_does_not_widen_a_channel(backend):
     x = slots(32).clone()
     valid = torch.arange(32, device=DEVICE).expand(2, -1) >= 5
@@ -120,9 +104,10 @@ def test_padding_does_not_widen_a_channel(backend):
 
 @pytest.mark.parametrize("bits, dtype, grid", [(8, torch.float16, torch.float32), (4, torch.bfloat16, torch.float16),
                                                (2, torch.float32, torch.float16)], ids=str)
-@pytest.mark.parametrize("n, d, along, group", [(1, 16, "token", None), (65, 24, "token", None), (63, 40, "token", 8),
+@pytest.mark.parametrize("n, d, along, group", [(1, 16, "token", None), (65, 24, "token", None), (33, 40, "token", 8),
                                                 (65, 24, "channel", 13), (64, 16, "channel", 32), (3, 16, "channel", 1)])
-def test_triton_writes_the_same_codes(n, d, along, group, bits, dtype, grid, poisoned):
+@needs_triton
+def test_triton_writes_the_same_codes(n, d, along, group, bits, dtype, grid):
     x = slots(n, d, dtype)[:1]
     valid = (torch.rand(1, 3, n, generator=torch.Generator().manual_seed(n)) > 0.2).to(DEVICE)
     for mask in (None, valid):
@@ -131,7 +116,8 @@ def test_triton_writes_the_same_codes(n, d, along, group, bits, dtype, grid, poi
 
 
 @pytest.mark.parametrize("along", ["token", "channel"])
-def test_triton_with_a_grid_in_bfloat16(along, poisoned):
+@needs_triton
+def test_triton_with_a_grid_in_bfloat16(along):
     """The interpreter cuts float32 to bfloat16 instead of rounding it, so there scales are equal only to one unit."""
     x = slots(32)
     one, two = (quantize(x, 4, along, 8, grid=torch.bfloat16, kernel=kernel) for kernel in ("torch", "triton"))

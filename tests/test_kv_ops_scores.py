@@ -1,32 +1,17 @@
 """Scores of cached keys against their definitions; the Triton twins run by the interpreter where there is no GPU."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from kv_ops import BACKENDS, DEVICE, needs_triton, poisoned  # noqa: F401
 
 from mmcompress.ops import kv_scores
 from mmcompress.ops.kv_scores import add_column_sums, column_sums, column_sums_reference, row_lse
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ("torch", "triton")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}       # sums are float32 from equal inputs
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Outputs start as NaN, so a place that no kernel wrote shows."""
-    plain = torch.empty
-
-    def empty(*args, **kwargs):
-        out = plain(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", empty)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def heads(n, m=None, b=2, hq=4, hkv=2, d=16, dtype=torch.float32, seed=0):
@@ -48,11 +33,12 @@ def by_sdpa(q, k, seen, weight):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n", [1, 63, 65, 200])
 def test_column_sums_are_those_of_attention(n, backend):
-    q, k = heads(n)
+    b = 1 if n == 200 else 2                                                        # the interpreter is slow
+    q, k = heads(n, b=b)
     causal = torch.ones(n, n, dtype=torch.bool, device=DEVICE).tril()
     sums = column_sums(q, k, kernel=backend)
     torch.testing.assert_close(sums, by_sdpa(q, k, causal, 1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sums.sum(-1), torch.full((2, 2), 2.0 * n, device=DEVICE), rtol=1e-5, atol=1e-5)  # rows sum to 1
+    torch.testing.assert_close(sums.sum(-1), torch.full((b, 2), 2.0 * n, device=DEVICE), rtol=1e-5, atol=1e-5)  # rows sum to 1
     torch.testing.assert_close(column_sums(q, k, heads="mean", kernel=backend), sums / 2)
 
 
@@ -116,10 +102,10 @@ def test_queries_from_elsewhere_see_every_column(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cuts", [(1, 199), (64, 64, 72), (200,)])
+@pytest.mark.parametrize("cuts", [(1, 64), (32, 1, 32), (65,)])
 def test_chunks_add_up_to_the_whole(cuts, backend):
-    q, k = heads(200)
-    valid = torch.arange(200, device=DEVICE) >= torch.tensor([[0], [70]], device=DEVICE)
+    q, k = heads(65)
+    valid = torch.arange(65, device=DEVICE) >= torch.tensor([[0], [35]], device=DEVICE)
     sums, at = None, 0
     for size in cuts:
         stop = at + size
@@ -139,6 +125,23 @@ def test_row_lse_and_sums_from_a_given_one(backend):
     assert (lse[1, :, :8] == -torch.inf).all()                                      # padding sees nothing
     again = column_sums(q, k, valid=valid, lse=lse, kernel=backend)
     torch.testing.assert_close(again, column_sums_reference(q, k, valid=valid), rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+def test_a_window_of_few_queries_is_split_over_its_columns(monkeypatch):
+    from mmcompress.ops.triton import kv_scores as fused
+
+    monkeypatch.setattr(fused, "LEAST", 64)
+    q, k = heads(200, m=7)
+    valid = torch.arange(200, device=DEVICE) >= torch.tensor([[0], [150]], device=DEVICE)            # whole parts see nothing
+    split, whole = (column_sums(q, k, valid=valid, kernel=kernel) for kernel in ("triton", "torch"))
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_it_compiles_whole():
+    q, k = heads(65)
+    compiled = torch.compile(column_sums, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, kernel="torch"), column_sums(q, k, kernel="torch"))
 
 
 def test_the_torch_version_never_holds_the_map(monkeypatch):
@@ -176,6 +179,6 @@ def test_refusals_give_the_value(options, message):
 
 
 def test_missing_triton_names_the_extra(monkeypatch):
-    monkeypatch.setattr("mmcompress.ops.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("mmcompress.ops.kernels.HAS_TRITON", False)
     with pytest.raises(ImportError, match=r"mmcompress\[kernels\]"):
         column_sums(*heads(9), kernel="triton")

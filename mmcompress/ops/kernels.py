@@ -9,6 +9,7 @@ from torch import Tensor
 
 Kernel = Literal["auto", "torch", "triton"]
 KERNELS = ("auto", "torch", "triton")
+HAS_TRITON = find_spec("triton") is not None                    # without importing it
 
 
 def use_triton(kernel: str, x: Tensor) -> bool:
@@ -21,7 +22,7 @@ def use_triton(kernel: str, x: Tensor) -> bool:
         raise ValueError(f"kernel={kernel!r}: one of {', '.join(KERNELS)}")
     if kernel == "torch" or (kernel == "auto" and not x.is_cuda):
         return False
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         if kernel == "auto":
             return False
         raise ImportError("kernel='triton': Triton is not installed; pip install 'mmcompress[kernels]', or pass kernel='torch'")

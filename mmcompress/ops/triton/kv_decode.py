@@ -25,11 +25,12 @@ def _tile(x_at, scale_at, zero_at, s, seen, d, x_n, scale_n, TOKENS: tl.constexp
     c = tl.arange(0, D)
     inside = seen[:, None] & (c[None, :] < d)
     if BITS == 16:
-        x = tl.load(x_at + s[:, None] * x_n + c[None, :], mask=inside, other=0.0)
+        x = tl.load(x_at + s[:, None].to(tl.int64) * x_n + c[None, :], mask=inside, other=0.0)
     else:
         PER: tl.constexpr = 8 // BITS
         w = tl.arange(0, D // PER)
-        code = tl.load(x_at + s[:, None] * x_n + w[None, :], mask=seen[:, None] & (w[None, :] < d // PER), other=0).to(tl.int32)
+        code = tl.load(x_at + s[:, None].to(tl.int64) * x_n + w[None, :], mask=seen[:, None] & (w[None, :] < d // PER), other=0)
+        code = code.to(tl.int32)
         if BITS == 4:
             code = tl.interleave(code & 15, code >> 4)
         if BITS == 2:

@@ -16,7 +16,7 @@ TILE = 64                       # untuned: no GPU has run these yet
 def _keys(k_at, mask_at, tile, bh, h, n, d, k_b, k_h, k_n, MASK: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
     """A tile of keys in float32, their norms, which of them exist, and where they are."""
     j, c = tile * N + tl.arange(0, N), tl.arange(0, D)
-    k = tl.load(k_at + (bh // h) * k_b + (bh % h) * k_h + j[:, None] * k_n + c[None, :],
+    k = tl.load(k_at + (bh // h) * k_b + (bh % h) * k_h + j[:, None].to(tl.int64) * k_n + c[None, :],
                 mask=(j[:, None] < n) & (c[None, :] < d), other=0.0).to(tl.float32)
     seen = j < n
     if MASK:

@@ -34,7 +34,7 @@ def _quantize(x_at, seen_at, codes_at, scale_at, zero_at, h, n, d, tokens, chann
     i, w = tl.arange(0, T), tl.arange(0, W)
     t = tile * tokens + i
     inside = (i[:, None] < tokens) & (t[:, None] < n) & (w[None, :] * PER < channels)
-    x_at += (bh // h) * x_b + (bh % h) * x_h + t[:, None] * x_n + part * channels + w[None, :] * PER
+    x_at += (bh // h) * x_b + (bh % h) * x_h + t[:, None].to(tl.int64) * x_n + part * channels + w[None, :] * PER
     seen = inside
     if SEEN:
         seen = seen & (tl.load(seen_at + bh * n + t, mask=(i < tokens) & (t < n), other=0) != 0)[:, None]

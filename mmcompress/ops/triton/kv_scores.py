@@ -14,6 +14,8 @@ from ..kv_scores import Rows
 from .shapes import dense, given, wide, widens
 
 TILE_M, TILE_N = 64, 64         # untuned: no GPU has run these yet
+PROGRAMS = 512                  # programs wanted: a window of few queries is split over its columns
+LEAST = 1024                    # columns that are worth a program
 
 
 @triton.jit
@@ -31,22 +33,23 @@ def _logits(q, k, bias_at, i, j, m, n, first, scale, CAUSAL: tl.constexpr, BIAS:
 
 
 @triton.jit
-def _row_lse(q_at, k_at, bias_at, lse_at, hq, hkv, m, n, d, first, scale,
+def _row_lse(q_at, k_at, bias_at, lse_at, hq, hkv, m, n, d, first, run, scale,
              q_b, q_h, q_m, k_b, k_h, k_n, bias_b, bias_h,
              CAUSAL: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, bh, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // hq, bh % hq
     g = h // (hq // hkv)
     i, c = tile * M + tl.arange(0, M), tl.arange(0, D)
-    q = tl.load(q_at + b * q_b + h * q_h + i[:, None] * q_m + c[None, :], mask=(i[:, None] < m) & (c[None, :] < d), other=0.0)
+    q = tl.load(q_at + b * q_b + h * q_h + i[:, None].to(tl.int64) * q_m + c[None, :],
+                mask=(i[:, None] < m) & (c[None, :] < d), other=0.0)
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    stop = n
+    stop = tl.minimum(n, split * run + run)
     if CAUSAL:
-        stop = tl.minimum(n, first + tile * M + M)
-    for at in range(0, stop, N):
+        stop = tl.minimum(stop, first + tile * M + M)
+    for at in range(split * run, stop, N):
         j = at + tl.arange(0, N)
-        k = tl.load(k_at + b * k_b + g * k_h + j[:, None] * k_n + c[None, :],
+        k = tl.load(k_at + b * k_b + g * k_h + j[:, None].to(tl.int64) * k_n + c[None, :],
                     mask=(j[:, None] < n) & (c[None, :] < d), other=0.0)
         s = _logits(q, k, bias_at + b * bias_b + g * bias_h, i, j, m, n, first, scale, CAUSAL, BIAS, WIDEN)
         new = tl.maximum(top, tl.max(s, 1))
@@ -54,7 +57,7 @@ def _row_lse(q_at, k_at, bias_at, lse_at, hq, hkv, m, n, d, first, scale,
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(s - safe[:, None]), 1)
         top = new
     lse = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
-    tl.store(lse_at + bh * m + i, lse, mask=i < m)
+    tl.store(lse_at + (bh * tl.num_programs(2) + split) * m + i, lse, mask=i < m)
 
 
 @triton.jit
@@ -66,7 +69,8 @@ def _column_sums(q_at, k_at, bias_at, weight_at, lse_at, sums_at, hq, hkv, m, n,
     b, g = bg // hkv, bg % hkv
     group = hq // hkv
     j, c = tile * N + tl.arange(0, N), tl.arange(0, D)
-    k = tl.load(k_at + b * k_b + g * k_h + j[:, None] * k_n + c[None, :], mask=(j[:, None] < n) & (c[None, :] < d), other=0.0)
+    k = tl.load(k_at + b * k_b + g * k_h + j[:, None].to(tl.int64) * k_n + c[None, :],
+                mask=(j[:, None] < n) & (c[None, :] < d), other=0.0)
     sums = tl.zeros((N,), tl.float32)
     start = 0
     if CAUSAL:
@@ -74,7 +78,7 @@ def _column_sums(q_at, k_at, bias_at, weight_at, lse_at, sums_at, hq, hkv, m, n,
     for h in range(g * group, g * group + group):
         for at in range(start, m, M):
             i = at + tl.arange(0, M)
-            q = tl.load(q_at + b * q_b + h * q_h + i[:, None] * q_m + c[None, :],
+            q = tl.load(q_at + b * q_b + h * q_h + i[:, None].to(tl.int64) * q_m + c[None, :],
                         mask=(i[:, None] < m) & (c[None, :] < d), other=0.0)
             s = _logits(q, k, bias_at + b * bias_b + g * bias_h, i, j, m, n, first, scale, CAUSAL, BIAS, WIDEN)
             lse = tl.load(lse_at + (b * hq + h) * m + i, mask=i < m, other=float("inf"))
@@ -90,11 +94,14 @@ def row_lse(q: Tensor, k: Tensor, rows: Rows) -> Tensor:
     """(B, Hq, M) float32"""
     q, k, bias = dense(q), dense(k), given(rows.bias, q)
     (b, hq, m, d), (_, hkv, n, _) = q.shape, k.shape
-    lse = torch.empty(b, hq, m, dtype=torch.float32, device=q.device)
-    _row_lse[(triton.cdiv(m, TILE_M), b * hq)](
-        q, k, bias, lse, hq, hkv, m, n, d, rows.first, rows.scale, *q.stride()[:3], *k.stride()[:3], *bias.stride()[:2],
+    tiles = triton.cdiv(m, TILE_M)
+    splits = max(1, min(triton.cdiv(PROGRAMS, tiles * b * hq), n // LEAST))
+    run = triton.cdiv(triton.cdiv(n, splits), TILE_N) * TILE_N
+    lse = torch.empty(b, hq, triton.cdiv(n, run), m, dtype=torch.float32, device=q.device)
+    _row_lse[(tiles, b * hq, lse.shape[2])](
+        q, k, bias, lse, hq, hkv, m, n, d, rows.first, run, rows.scale, *q.stride()[:3], *k.stride()[:3], *bias.stride()[:2],
         CAUSAL=rows.causal, BIAS=rows.bias is not None, WIDEN=widens(q), M=TILE_M, N=TILE_N, D=wide(d))
-    return lse
+    return lse.logsumexp(2) if lse.shape[2] > 1 else lse[:, :, 0]
 
 
 def column_sums(q: Tensor, k: Tensor, rows: Rows, lse: Tensor | None) -> Tensor:
