@@ -114,7 +114,8 @@ def test_few_bits_beside_exact_slots(bits, dtype, backend):
     mikv = Slots(quantize(old_k * b, bits), quantize(old_v, bits), valid=valid, balance=b)
     kivi = Slots(quantize(old_k, bits, "channel", 20), quantize(old_v, bits, group=8), valid=valid)
     exact = Slots(k[:, :, 100:], v[:, :, 100:], lengths)
-    for old in (mikv, kivi):
+    filled = Slots(quantize(old_k, bits, "channel", 4), quantize(old_v, bits), valid=valid)          # groups that fill a tile
+    for old in (mikv, kivi, filled):
         got, reference = decode_attention(q, old, exact, kernel=backend), decode_attention_reference(q, old, exact)
         torch.testing.assert_close(got[0], reference[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         torch.testing.assert_close(got[1], reference[1], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

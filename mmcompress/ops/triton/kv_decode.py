@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kv_decode import Slots
 from ..kv_quant import Quantized
-from .shapes import dense, given, wide, widens
+from .shapes import dense, given, on_its_device, wide, widens
 
 TILE = 64                       # slots a tile; untuned: no GPU has run these yet
 PROGRAMS = 512                  # programs wanted, so that every multiprocessor has work at batch 1
@@ -19,9 +19,9 @@ LEAST = 256                     # slots that are worth a program
 
 
 @triton.jit
-def _tile(x_at, scale_at, zero_at, s, seen, d, x_n, scale_n, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-          BITS: tl.constexpr, D: tl.constexpr):
-    """Slots s of keys or values (S, D), 0 where they do not exist: as they are (BITS 16), or dequantised in float32."""
+def _tile(x_at, scale_at, zero_at, at, s, seen, stop, d, x_n, scale_n, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+          BITS: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
+    """Slots s = at .. at + S - 1 of keys or values (S, D), 0 where missing: as they are (BITS 16), or as float32."""
     c = tl.arange(0, D)
     inside = seen[:, None] & (c[None, :] < d)
     if BITS == 16:
@@ -35,9 +35,20 @@ def _tile(x_at, scale_at, zero_at, s, seen, d, x_n, scale_n, TOKENS: tl.constexp
             code = tl.interleave(code & 15, code >> 4)
         if BITS == 2:
             code = tl.interleave(tl.interleave(code & 3, (code >> 4) & 3), tl.interleave((code >> 2) & 3, code >> 6))
-        at = (s // TOKENS)[:, None] * scale_n + (c // CHANNELS)[None, :]
-        scale = tl.load(scale_at + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(zero_at + at, mask=inside, other=0.0).to(tl.float32) + code.to(tl.float32) * scale
+        if (S % TOKENS == 0) & (D % CHANNELS == 0):                                 # groups fill the tile: one load a group
+            R: tl.constexpr = S // TOKENS
+            N: tl.constexpr = D // CHANNELS
+            r, g = at // TOKENS + tl.arange(0, R), tl.arange(0, N)
+            place = r[:, None] * scale_n + g[None, :]
+            there = (r[:, None] * TOKENS < stop) & (g[None, :] * CHANNELS < d)
+            scale = tl.load(scale_at + place, mask=there, other=0.0).to(tl.float32)[:, None, :, None]
+            zero = tl.load(zero_at + place, mask=there, other=0.0).to(tl.float32)[:, None, :, None]
+            x = tl.reshape(zero + tl.reshape(code.to(tl.float32), (R, TOKENS, N, CHANNELS)) * scale, (S, D))
+        else:
+            place = (s // TOKENS)[:, None] * scale_n + (c // CHANNELS)[None, :]
+            scale = tl.load(scale_at + place, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(zero_at + place, mask=inside, other=0.0).to(tl.float32) + code.to(tl.float32) * scale
+        x = tl.where(inside, x, 0.0)                                                # the scale of a missing slot may be NaN
     return x
 
 
@@ -75,15 +86,15 @@ def _decode(q_at, k_at, k_scale_at, k_zero_at, v_at, v_scale_at, v_zero_at, leng
         if BIAS:
             bias = tl.load(bias_at + b * bias_b + h * bias_h + s, mask=seen, other=0.0).to(tl.float32)
             seen = seen & (bias > float("-inf"))
-        k = _tile(k_at, k_scale_at + b * ks_b + h * ks_h, k_zero_at + b * ks_b + h * ks_h, s, seen, d, k_n, ks_n,
-                  K_TOKENS, K_CHANNELS, K_BITS, D).to(q.dtype)
+        k = _tile(k_at, k_scale_at + b * ks_b + h * ks_h, k_zero_at + b * ks_b + h * ks_h, at, s, seen, stop, d, k_n, ks_n,
+                  K_TOKENS, K_CHANNELS, K_BITS, S, D).to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
         logits = tl.where(seen[None, :], logits, float("-inf"))
         new = tl.maximum(top, tl.max(logits, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
         p, shrink = tl.exp(logits - safe[:, None]), tl.exp(top - safe)
-        v = _tile(v_at, v_scale_at + b * vs_b + h * vs_h, v_zero_at + b * vs_b + h * vs_h, s, seen, dv, v_n, vs_n,
-                  V_TOKENS, V_CHANNELS, V_BITS, DV).to(q.dtype)
+        v = _tile(v_at, v_scale_at + b * vs_b + h * vs_h, v_zero_at + b * vs_b + h * vs_h, at, s, seen, stop, dv, v_n, vs_n,
+                  V_TOKENS, V_CHANNELS, V_BITS, S, DV).to(q.dtype)
         out = out * shrink[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
         total = total * shrink + tl.sum(p, 1)
         top = new
@@ -108,6 +119,7 @@ def _merge(outs_at, lses_at, out_at, lse_at, parts, dv, P: tl.constexpr, DV: tl.
     tl.store(lse_at + row, tl.where(total > 0, top + tl.log(some), float("-inf")))
 
 
+@on_its_device
 def decode_attention(q: Tensor, tiers: tuple[Slots, ...], scale: float) -> tuple[Tensor, Tensor]:
     """(B, Hq, 1, Dv) as q and (B, Hq, 1) float32"""
     q = dense(q)

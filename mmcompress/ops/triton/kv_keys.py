@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .shapes import dense, wide
+from .shapes import dense, on_its_device, wide
 
 TILE = 64                       # untuned: no GPU has run these yet
 
@@ -50,6 +50,7 @@ def _cosines(k_at, mask_at, anchor_at, out_at, h, n, d, k_b, k_h, k_n, MASK: tl.
     tl.store(out_at + bh * n + j, tl.where(seen, -cosine, float("-inf")), mask=j < n)
 
 
+@on_its_device
 def key_norm(k: Tensor, mask: Tensor | None) -> Tensor:
     """(B, H, N) float32"""
     k, seen, out = _prepare(k, mask)
@@ -57,6 +58,7 @@ def key_norm(k: Tensor, mask: Tensor | None) -> Tensor:
     return out
 
 
+@on_its_device
 def key_diversity(k: Tensor, mask: Tensor | None) -> Tensor:
     """(B, H, N) float32"""
     k, seen, out = _prepare(k, mask)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .shapes import dense
+from .shapes import dense, on_its_device
 
 TILE = 32                       # tokens; untuned: no GPU has run these yet
 
@@ -62,6 +62,7 @@ def _quantize(x_at, seen_at, codes_at, scale_at, zero_at, h, n, d, tokens, chann
     tl.store(codes_at + at, byte.to(tl.uint8), mask=inside)
 
 
+@on_its_device
 def quantize(x: Tensor, bits: int, group: tuple[int, int], mask: Tensor | None,
              grid: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """codes, scale and zero of a `Quantized`"""

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kv_scores import Rows
-from .shapes import dense, given, wide, widens
+from .shapes import dense, given, on_its_device, wide, widens
 
 TILE_M, TILE_N = 64, 64         # untuned: no GPU has run these yet
 PROGRAMS = 512                  # programs wanted: a window of few queries is split over its columns
@@ -90,6 +90,7 @@ def _column_sums(q_at, k_at, bias_at, weight_at, lse_at, sums_at, hq, hkv, m, n,
     tl.store(sums_at + bg * n + j, sums, mask=j < n)
 
 
+@on_its_device
 def row_lse(q: Tensor, k: Tensor, rows: Rows) -> Tensor:
     """(B, Hq, M) float32"""
     q, k, bias = dense(q), dense(k), given(rows.bias, q)
@@ -104,6 +105,7 @@ def row_lse(q: Tensor, k: Tensor, rows: Rows) -> Tensor:
     return lse.logsumexp(2) if lse.shape[2] > 1 else lse[:, :, 0]
 
 
+@on_its_device
 def column_sums(q: Tensor, k: Tensor, rows: Rows, lse: Tensor | None) -> Tensor:
     """(B, Hkv, N) float32, summed over the query heads of a KV head"""
     lse = row_lse(q, k, rows) if lse is None else lse.float().contiguous()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
 import torch
 import triton
 from torch import Tensor
@@ -13,6 +17,18 @@ def _nothing():
 
 
 INTERPRETED = not isinstance(_nothing, triton.JITFunction)      # TRITON_INTERPRET was set when this was imported
+
+
+Launch = TypeVar("Launch", bound=Callable[..., Any])
+
+
+def on_its_device(launch: Launch) -> Launch:
+    """`launch` on the device of its first argument: Triton launches on the current one, which a sharded model's may not be."""
+    @wraps(launch)
+    def run(x: Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return launch(x, *args)
+    return run      # type: ignore[return-value]
 
 
 def wide(d: int) -> int:
