@@ -68,13 +68,12 @@ def answers_by_kind(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def codec_measured(evals: list[dict[str, Any]]) -> Table:
-    """One row a book of the last evaluation, its errors in the title."""
+def codec_measured(evals: list[dict[str, Any]]) -> Group:
+    """The errors of the last evaluation, then a row a book."""
     found = evals[-1]
     semantic = "" if found["semantic"] is None else f", semantic {found['semantic']:.3f}"
-    table = Table("book", "codes that occur", "perplexity", title_justify="left",
-                  title=f"held-out sound ({found['segments']} segments, {found['frames']} frames): "
-                        f"log spectrum {found['log']:.3f}, waveform {found['error']:.3f}{semantic}")
+    table = Table("book", "codes that occur", "perplexity")
     for i, (used, perplexity) in enumerate(zip(found["used"], found["perplexity"])):
         table.add_row(str(i + 1), f"{used:.1%}", f"{perplexity:.1f}")
-    return table
+    return Group(f"held-out sound ({found['segments']} segments, {found['frames']} frames): log spectrum {found['log']:.3f}, "
+                 f"waveform {found['error']:.3f}{semantic}", table)
