@@ -146,6 +146,15 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, model, corpus, expected, wo
     assert output(*arguments)["skipped"] == FILES
 
 
+@pytest.fixture
+def interruptible():
+    """As from a terminal: a shell that starts tests in the background has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_ends_a_run_cleanly(tmp_path, model, corpus, expected, number):
     out = tmp_path / "codes"
@@ -170,6 +179,7 @@ def test_a_signal_ends_a_run_cleanly(tmp_path, model, corpus, expected, number):
     check(out, expected)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_what_was_read_while_a_signal_came_is_not_believed(tmp_path, model, monkeypatch):
     """soundfile's callbacks swallow KeyboardInterrupt and the file seems to end: codes of half a file must not be noted."""
     paths = [write(tmp_path / "in" / f"{i}.wav", 0.4, i) for i in range(4)]
