@@ -13,6 +13,7 @@ from .cache import CompressedCache, SlotLayer
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
+from .kvmerger import KVMerger
 from .plan import CachePlan, Kept
 from .random import Random
 from .razor_attention import RazorAttention
@@ -23,6 +24,6 @@ from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
 from .view import TAGS, CacheView
 
-__all__ = ["H2O", "TAGS", "Attached", "CachePlan", "CacheView", "CompressedCache", "KNorm", "Kept", "KeyDiff", "Random",
-           "RazorAttention", "Recent", "SlotLayer", "Slots", "SnapKV", "StreamingLLM", "attach", "detach",
+__all__ = ["H2O", "TAGS", "Attached", "CachePlan", "CacheView", "CompressedCache", "KNorm", "KVMerger", "Kept", "KeyDiff",
+           "Random", "RazorAttention", "Recent", "SlotLayer", "Slots", "SnapKV", "StreamingLLM", "attach", "detach",
            "find_retrieval_heads", "fold_into"]
