@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from test_cache_dense import NEAR, kept_columns, prompt, tiny_model, turns, words
 
 from mmcompress.budget import keep_count
-from mmcompress.cache import CacheView, KVMerger, Slots, attach
+from mmcompress.cache import EMS, CacheView, KVMerger, Slots, attach
 from mmcompress.cache.attention import attend_explicit, attend_sdpa
+from mmcompress.cache.ems import nearest
 from mmcompress.cache.scores import column_sums
 from mmcompress.cache.view import Sight
 
@@ -202,8 +203,115 @@ def test_kvmerger_refuses(options, match):
         KVMerger(**options)
 
 
+# EMS ------------------------------------------------------------------------------------------------------------------
+def global_local(x, window):
+    """The larger of the mean attention of all queries and of the last ones, padding not among them. (B, H_kv, N)"""
+    maps = torch.einsum("bhgqd,bhnd->bhgqn", x.queries, x.keys) * x.scaling
+    maps = maps.masked_fill(~x.sight.mask[:, :, None], -torch.inf).softmax(-1)
+    rows = [maps[b][:, :, x.real[b]] for b in range(len(maps))]
+    return torch.stack([torch.maximum(m.mean((1, 2)), m[:, :, -window:].mean((1, 2))) for m in rows])
+
+
+def ems(plan, x, b, h, count):
+    """One head of EMS, token by token. -> [(column, key, value, size)] by column, and how many went to the zero class"""
+    score, keys, values = global_local(x, plan.recent)[b, h], x.keys[b, h], x.values[b, h]
+    tokens = x.real[b].nonzero().flatten().tolist()
+    always = {*tokens[:plan.sinks], *tokens[-plan.recent:]}
+    rest = sorted(set(tokens) - always, key=lambda i: -float(score[i]))
+    centres = sorted(always | set(rest[:max(0, count - len(always))]))
+    classes, zeros = {c: [c] for c in centres}, 0
+    for i in tokens:
+        like = max(centres, key=lambda c: cosine(keys[i], keys[c]))
+        if i in classes:
+            continue
+        if cosine(keys[i], keys[like]) >= plan.tau:
+            classes[like].append(i)
+        else:
+            zeros += 1
+    out = []
+    for c, members in classes.items():
+        total = sum(score[i] for i in members)
+        mean, value, norm = (sum(score[i] * of(i) for i in members) / total
+                             for of in (lambda i: keys[i], lambda i: values[i], lambda i: keys[i].norm()))
+        out.append((c, mean / mean.norm() * norm, value, len(members)))
+    return out, zeros
+
+
+CENTRES = {"default": EMS(0.5, recent=4), "mass": EMS(0.4, recent=3, sinks=2, mass=True), "loose": EMS(8, recent=4, tau=-1.0),
+           "strict": EMS(0.3, recent=2, tau=0.9)}
+
+
+@pytest.mark.parametrize("pad", [0, 7])
+@pytest.mark.parametrize("name", CENTRES)
+def test_ems_merges_into_the_nearest_centre_or_drops(name, pad):
+    plan, x = CENTRES[name], view_of(pad=pad)
+    torch.testing.assert_close(plan.scores(x)[x.valid], global_local(x, plan.recent)[x.valid], **NEAR)
+    new, merged, dropped = plan(x), 0, 0
+    for b in range(2):
+        count = keep_count(int(x.real[b].sum()), plan.keep)
+        for h in range(2):
+            (want, zeros), got = ems(plan, x, b, h, count), rows_of(new, b, h)
+            assert len(got) == count
+            for (column, key, value, mass), (c, k, v, size) in zip(got, want):
+                assert column == c and mass == pytest.approx(size if plan.mass else 1)
+                torch.testing.assert_close(key, k, **NEAR)
+                torch.testing.assert_close(value, v, **NEAR)
+                if size == 1:                               # what took nothing in is what it was, to the bit
+                    assert torch.equal(key, x.keys[b, h, c]) and torch.equal(value, x.values[b, h, c])
+                merged += size - 1
+            dropped += zeros
+    assert merged > 0 and (dropped > 0) == (name != "loose")
+
+
+def test_norms_of_merged_keys_are_those_of_their_members():
+    """All of one norm: so is what they become, while their plain mean would be shorter."""
+    x = view_of()
+    x = replace(x, slots=replace(x.slots, keys=3 * torch.nn.functional.normalize(x.keys, dim=-1)))
+    new = EMS(8, recent=2, tau=-1.0, mass=True)(x)
+    assert (new.mass > 1.5).any() and torch.allclose(new.keys.norm(dim=-1), torch.tensor(3.0))
+    assert torch.allclose(new.mass.sum(-1), torch.tensor(30.0))
+
+
+def test_copies_merge_without_change_in_attention():
+    """Equal keys and equal values; then once more."""
+    x = view_of(n=12)
+    copies = torch.tensor([0, 1, 2, 1, 0, 2, 2, 0, 1, 0, 1, 2])
+    keys, values = x.keys[:, :, copies], x.values[:, :, copies]
+    x = replace(x, slots=replace(x.slots, keys=keys, values=values))
+    plan = EMS(3, recent=3, tau=0.99999, mass=True)
+    query, sight = torch.randn(2, 6, 3, 8, generator=torch.Generator().manual_seed(9)), Sight(None, 12)
+    want = attend_sdpa(query, x.slots, sight, 0.3)[0]
+    new = plan(x)
+    assert torch.allclose(new.mass, torch.tensor(4.0))
+    torch.testing.assert_close(attend_sdpa(query, new, sight, 0.3)[0], want, **NEAR)
+    assert replace(plan, mass=False)(x).bias is None
+    twice = new.append(Slots(keys[:, :, :1], values[:, :, :1], torch.full((2, 2, 1), 12), torch.ones(2, 2, 1).bool()))
+    want = attend_sdpa(query, twice, Sight(None, 13), 0.3)[0]
+    again = plan(view_after(x, twice))
+    assert again.count == 3 and torch.allclose(again.mass.sum(-1), torch.tensor(13.0))
+    torch.testing.assert_close(attend_sdpa(query, again, Sight(None, 13), 0.3)[0], want, **NEAR)
+
+
+@pytest.mark.parametrize("room", [1, 100, 2**24])
+def test_the_nearest_centre_is_found_in_blocks_of_any_size(room):
+    x = view_of(pad=5)
+    index, valid = torch.tensor([3, 9, 11, 25]).expand(2, 2, -1), torch.tensor([True, True, True, False]).expand(2, 2, -1)
+    like, which = nearest(x.keys, index, valid, room)
+    for b, h, i in [(0, 0, 4), (1, 1, 25), (1, 0, 11)]:
+        cosines = [cosine(x.keys[b, h, i], x.keys[b, h, c]) for c in (3, 9, 11)]
+        assert like[b, h, i] == pytest.approx(max(cosines), abs=1e-5) and which[b, h, i] == cosines.index(max(cosines))
+
+
+@pytest.mark.parametrize("options, match", [(dict(tau=2.0), r"tau=2\.0"), (dict(recent=0), "recent=0"),
+                                            (dict(recent=0.5), r"recent=0\.5"), (dict(every=2), "every=2")])
+def test_ems_refuses(options, match):
+    with pytest.raises(ValueError, match=match):
+        EMS(**options)
+
+
 # in models ------------------------------------------------------------------------------------------------------------
-PLANS = {"kvmerger": KVMerger(0.4, eps=0.2, sigma="distance"), "kvmerger mass": KVMerger(0.4, eps=-1.0, mass=True)}
+PLANS = {"kvmerger": KVMerger(0.4, eps=0.2, sigma="distance"), "kvmerger mass": KVMerger(0.4, eps=-1.0, mass=True),
+         "ems": EMS(0.4, recent=2, tau=0.3), "ems mass": EMS(0.4, recent=2, tau=0.3, mass=True)}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
