@@ -78,10 +78,8 @@ class KVMerger(CachePlan):
             parts = [self._sets(x, scores, x.valid & (of_slot == number), forced,
                                 budget((x.real & (tags == number)).sum(1), self.keep.get(name, 1.0))[:, None, None])
                      for number, name in enumerate(TAGS)]
-            mask, pivot = parts[0]
-            for one, other in parts[1:]:
-                mask, pivot = mask | one, torch.maximum(pivot, other)
-            return Sets(mask, None, pivot)
+            masks, places = zip(*parts)
+            return Sets(torch.stack(masks).any(0), None, torch.stack(places).amax(0))
         keep = self.at(x.layer, x.depth)
         count = budget(x.real.sum(1), keep)[:, None, None]
         most = keep_count(x.real.shape[1], keep)
