@@ -10,9 +10,11 @@ A method is a file with a `CachePlan`: frozen fields and `scores(x) -> (B, H_kv,
 
 from .attach import Attached, attach, detach
 from .cache import CompressedCache, SlotLayer
+from .ems import EMS
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
+from .kvmerger import KVMerger
 from .plan import CachePlan, Kept
 from .random import Random
 from .razor_attention import RazorAttention
@@ -23,6 +25,6 @@ from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
 from .view import TAGS, CacheView
 
-__all__ = ["H2O", "TAGS", "Attached", "CachePlan", "CacheView", "CompressedCache", "KNorm", "Kept", "KeyDiff", "Random",
-           "RazorAttention", "Recent", "SlotLayer", "Slots", "SnapKV", "StreamingLLM", "attach", "detach",
+__all__ = ["EMS", "H2O", "TAGS", "Attached", "CachePlan", "CacheView", "CompressedCache", "KNorm", "KVMerger", "Kept",
+           "KeyDiff", "Random", "RazorAttention", "Recent", "SlotLayer", "Slots", "SnapKV", "StreamingLLM", "attach", "detach",
            "find_retrieval_heads", "fold_into"]
