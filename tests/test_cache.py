@@ -226,6 +226,15 @@ def test_the_budget_is_exact_and_sinks_and_recent_tokens_stay(n, keep, sinks, re
     assert not (mask & ~valid).any()
 
 
+def test_a_recent_share_and_sinks_beyond_the_budget_all_stay():
+    model = tiny_model()
+    with attach(model, H2O(0.125, sinks=3, recent=0.34)) as attached:              # 3 of 24 tokens, and a recent one
+        cache = attached.cache()
+        model(words(2, 24), past_key_values=cache)
+    for layer in cache.slot_layers:
+        assert all(set(row.tolist()) == {0, 1, 2, 23} for row in layer.column.flatten(0, 1))
+
+
 def test_a_budget_for_each_layer_and_a_count():
     model = tiny_model()
     with attach(model, KNorm((1.0, 0.5, 7))) as attached:

@@ -88,7 +88,9 @@ class CachePlan(ABC):
         real = x.real.sum(1)
         count = budget(real, keep)[:, None, None]
         columns = x.real.shape[1]
-        width = max(keep_count(columns, keep), self.sinks + (self.recent if isinstance(self.recent, int) else 0))
+        most = keep_count(columns, keep)
+        recent = self.recent if isinstance(self.recent, int) else int(most * self.recent + 1e-9)
+        width = max(most, self.sinks + recent)
         return Kept(admit(scores, x.valid, self.forced(x.valid, count), count), width)
 
     def fold(self, x: CacheView, kept: Kept) -> Slots:
