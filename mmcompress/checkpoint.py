@@ -61,6 +61,17 @@ def hearing_rate(model: str) -> int:
     return int(transformers.AutoFeatureExtractor.from_pretrained(model).sampling_rate)
 
 
+def device_of(name: str) -> str:
+    """What 'auto' stands for; raises ValueError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: this machine has no such device; 'auto' picks one") from None
+    return name
+
+
 def load(model: str, device: str, dtype: str, attn: str, video: bool = False) -> tuple[Any, Any]:
     """-> (model in eval mode on its device, processor); raises ValueError or OSError with what is wrong.
 
@@ -69,16 +80,11 @@ def load(model: str, device: str, dtype: str, attn: str, video: bool = False) ->
     import transformers
 
     _quiet()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = device_of(device)
     kind = torch.float32 if dtype == "auto" and device == "cpu" else getattr(torch, dtype, None)
     if dtype != "auto" and not isinstance(kind, torch.dtype):
         raise ValueError(f"--dtype {dtype}: 'auto', 'float32', 'bfloat16' or 'float16'")
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {device}: this machine has no such device; 'auto' picks one") from None
+    where = torch.device(device)
     if model == PICO:
         from . import pico
 

@@ -70,19 +70,6 @@ def _of_the_model(config: Any) -> Any:
     return config
 
 
-def device_of(name: str) -> str:
-    """What 'auto' stands for; raises ValueError for a device that is not there."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: this machine has no such device; 'auto' picks one") from None
-    return name
-
-
 def encode(job: Job, model: Any, task: Task) -> Entry | str:
     """Write the codes of one file; why not, if it cannot be read or encoded. Raises OSError where they cannot be written."""
     from .audio.codec.chunked import tokenize_chunked

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .audio.reading.files import within
-from .encoding import Answer, Task, by_myself, by_workers, device_of, fingerprint, handling, load_codec
+from .checkpoint import device_of
+from .encoding import Answer, Task, by_myself, by_workers, fingerprint, handling, load_codec
 from .tokenized import CodeFolder, Source
 
 

@@ -35,10 +35,12 @@ class Files:
     """Sound files, read stretch by stretch."""
 
     def __init__(self, paths: Sequence[Path], rate: int) -> None:
+        from tqdm import tqdm
+
         from ...audio.reading import duration
 
         self.paths, self.rate = list(paths), rate
-        self.weights = [duration(path) for path in self.paths]
+        self.weights = [duration(path) for path in tqdm(self.paths, desc="lengths", unit="file", leave=False, disable=None)]
 
     def crop(self, number: int, place: float, count: int) -> Tensor:
         from ...audio import load
@@ -91,7 +93,8 @@ def sources(data: Speech, rate: int) -> tuple[Source, Source]:
     if data.every and (not kept or len(kept) == len(files)):
         raise ValueError(f"data.files: of {len(files)} files {len(kept)} would be held out (data.every={data.every}); give "
                          f"more files, or data.every=0 to hold out none and be measured on what was learned")
-    return Files([f for f in files if f not in kept], rate), Files(kept or files, rate)
+    learned = [f for f in files if not held_out(f.name, data.every)]
+    return Files(learned, rate), Files(kept or files, rate)
 
 
 def find(places: Sequence[str]) -> list[Path]:
