@@ -232,7 +232,7 @@ def test_a_recent_share_and_sinks_beyond_the_budget_all_stay():
         cache = attached.cache()
         model(words(2, 24), past_key_values=cache)
     for layer in cache.slot_layers:
-        assert all(set(row.tolist()) == {0, 1, 2, 23} for row in layer.column.flatten(0, 1))
+        assert all(set(row.tolist()) == {0, 1, 2, 23} for row in layer.slots.column.flatten(0, 1))
 
 
 def test_a_budget_for_each_layer_and_a_count():
@@ -248,11 +248,11 @@ def test_bytes_are_those_of_the_tensors_held():
     with attach(model, SnapKV(0.25, recent=4)) as attached:
         cache = attached.cache()
         turns(model, cache, [dict(input_ids=words(2, 64))])
-    kv, noted = 2 * 2 * 16 * 8 * 2 * 4, 2 * 2 * 16 * (8 + 1)
+    kv, noted = 2 * 2 * 16 * 8 * 2 * 4, 2 * 2 * 16 * (4 + 1)
     assert cache.nbytes == 3 * (kv + noted) + 2 * 64 * 8
     assert cache.stock_nbytes == 3 * 4 * kv
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in cache.layers
-                for t in (layer.keys, layer.values)}
+                for t in (layer.slots.keys, layer.slots.values)}
     assert sum(storages.values()) == 3 * kv                 # no view keeps the full prompt alive
 
 
@@ -318,7 +318,7 @@ def test_a_cache_is_freed_with_its_last_reference():
         with attach(model, KNorm(0.5)) as attached:
             cache = attached.cache()
             turns(model, cache, [dict(input_ids=words(1, 12)), dict(input_ids=words(1, 1))])
-        keys = weakref.ref(cache.layers[0].keys)
+        keys = weakref.ref(cache.layers[0].slots.keys)
         del cache
         assert keys() is None
     finally:

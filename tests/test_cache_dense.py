@@ -76,7 +76,7 @@ def kept_columns(cache):
         if hasattr(layer, "slots"):
             s = layer.slots
             seen = torch.zeros(*s.column.shape[:2], layer.seen, dtype=torch.bool)
-            out[i] = torch.stack([torch.stack([seen[b, h].index_fill(0, s.column[b, h][s.valid[b, h]], True)
+            out[i] = torch.stack([torch.stack([seen[b, h].index_fill(0, s.column[b, h][s.valid[b, h]].long(), True)
                                                for h in range(seen.shape[1])]) for b in range(len(seen))])
     return out
 

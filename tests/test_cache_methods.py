@@ -177,7 +177,7 @@ def test_razor_attention_keeps_short_prompts_whole_and_can_go_without_compensati
     kept, cache = kept_by(model, RazorAttention())
     assert all(k.all() for k in kept.values()) and not any((layer.slots.mass != 1).any() for layer in cache.layers)
     kept, cache = kept_by(model, RazorAttention(0.3, sinks=2, recent=3, compensation=False))
-    assert cache.lengths == [7] * 3 and all(layer.bias is None for layer in cache.layers)
+    assert cache.lengths == [7] * 3 and all(layer.slots.bias is None for layer in cache.layers)
     with dense(model, kept, N):
         want = turns(model, DynamicCache(config=model.config), [dict(input_ids=words(2, N)), dict(input_ids=words(2, 3, 1))])[1]
     with attach(model, RazorAttention(0.3, sinks=2, recent=3, compensation=False)) as attached:

@@ -9,22 +9,25 @@ A method is a file with a `CachePlan`: frozen fields and `scores(x) -> (B, H_kv,
 """
 
 from .attach import Attached, attach, detach
-from .cache import CompressedCache, SlotLayer
+from .cache import CompressedCache
+from .chain import Chain, chain
 from .ems import EMS
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
 from .kvmerger import KVMerger
+from .layer import SlotLayer
 from .plan import CachePlan, Kept
 from .random import Random
 from .razor_attention import RazorAttention
 from .recent import Recent
 from .retrieval_heads import find_retrieval_heads
-from .slots import Slots, fold_into
+from .slots import Slots, Stored, fold_into
 from .snapkv import SnapKV
+from .stores import InBits
 from .streaming_llm import StreamingLLM
 from .view import TAGS, CacheView
 
-__all__ = ["EMS", "H2O", "TAGS", "Attached", "CachePlan", "CacheView", "CompressedCache", "KNorm", "KVMerger", "Kept",
-           "KeyDiff", "Random", "RazorAttention", "Recent", "SlotLayer", "Slots", "SnapKV", "StreamingLLM", "attach", "detach",
-           "find_retrieval_heads", "fold_into"]
+__all__ = ["EMS", "H2O", "TAGS", "Attached", "CachePlan", "CacheView", "Chain", "CompressedCache", "InBits", "KNorm",
+           "KVMerger", "Kept", "KeyDiff", "Random", "RazorAttention", "Recent", "SlotLayer", "Slots", "SnapKV", "Stored",
+           "StreamingLLM", "attach", "chain", "detach", "find_retrieval_heads", "fold_into"]

@@ -11,25 +11,35 @@ from torch import Tensor
 from ..compat import base_of
 from ..errors import UnsupportedModelError, WrapError
 from .attention import STOCK, name_of, register
-from .cache import CompressedCache, SlotLayer
+from .cache import CompressedCache
+from .chain import Chain
+from .layer import SlotLayer
 from .plan import CachePlan
+from .tally import Tally
 from .view import TAGS
 
-_HANDLE, _PREPARE = "_mmcompress_cache", "_prepare_cache_for_generation"
+_HANDLE, _PREPARE, _PREFILL = "_mmcompress_cache", "_prepare_cache_for_generation", "_prefill"
 
 
 class Attached:
-    """A model whose `generate` keeps its cache small. Undo it with `detach()`, or use it as a context manager."""
+    """A model whose `generate` keeps its cache small. Undo it with `detach()`, or use it as a context manager.
 
-    def __init__(self, model: Any, plan: CachePlan) -> None:
+    tally    what the last call with a compressed cache saved and took; None before the first
+    missing  (B, 4) int64: tokens of the next prompt that a reducer drops before the language model, by modality; the cache that
+             `generate` makes is told (`CompressedCache.miss`); None: none
+    """
+
+    def __init__(self, model: Any, plan: CachePlan | Chain) -> None:
         self.model, self.plan = model, plan
+        self.tally: Tally | None = None
+        self.missing: Tensor | None = None
         self.config = model.config.get_text_config(decoder=True)
         self.stock: str = self.config._attn_implementation
         self._hooks: list[Any] = []
 
     def cache(self) -> CompressedCache:
         """An empty cache, to pass as `past_key_values` to `forward` or `generate`. `generate` makes one where none is given."""
-        return CompressedCache(self.config, self.plan)
+        return CompressedCache(self.config, self.plan, self.model.device)
 
     def detach(self) -> None:
         """Make the model what it was. Caches made for it that have dropped something are of no use afterwards."""
@@ -38,7 +48,7 @@ class Attached:
         for hook in self._hooks:
             hook.remove()
         self.config._attn_implementation = self.stock
-        for name in (_HANDLE, _PREPARE):
+        for name in (_HANDLE, _PREPARE, _PREFILL):
             del vars(self.model)[name]
 
     def __enter__(self) -> Attached:
@@ -48,7 +58,7 @@ class Attached:
         self.detach()
 
 
-def attach(model: Any, plan: CachePlan) -> Attached:
+def attach(model: Any, plan: CachePlan | Chain) -> Attached:
     """Let a model's attention look at slots, and its `generate` make caches that `plan` keeps small.
 
     This instance only, and others that were built around the very same config object. Raises WrapError where one is attached
@@ -67,7 +77,7 @@ def attach(model: Any, plan: CachePlan) -> Attached:
     handle.config._attn_implementation = name_of(handle.stock)
     handle._hooks = _hooks(model, plan)
     vars(model)[_HANDLE] = handle
-    vars(model)[_PREPARE] = MethodType(_prepare, model)
+    vars(model)[_PREPARE], vars(model)[_PREFILL] = MethodType(_prepare, model), MethodType(_prefill, model)
     return handle
 
 
@@ -93,18 +103,37 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], g
                          f"alone; pass again=True to {type(handle.plan).__name__}")
     getattr(type(model), _PREPARE)(model, generation_config, model_kwargs, generation_mode, *args)
     if given is None and model_kwargs.get("past_key_values") is not None:
-        model_kwargs["past_key_values"] = handle.cache()
+        model_kwargs["past_key_values"] = cache = handle.cache()
+        if handle.missing is not None:
+            cache.miss(handle.missing)
 
 
-def _hooks(model: Any, plan: CachePlan) -> list[Any]:
+def _prefill(model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,
+             **kwargs: Any) -> Any:
+    """In place of the stock method of this name: a prompt that comes in chunks is announced to the cache as a whole."""
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    if generation_config.prefill_chunk_size and isinstance(cache, CompressedCache):
+        length = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
+        cache.announce(torch.ones(len(input_ids), length, dtype=torch.long) if mask is None else mask)
+        if placeholders(model.config):
+            cache.tag(tags_of(model.config, input_ids[:, int(cache.get_seq_length()) - length:]))
+    return getattr(type(model), _PREFILL)(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _hooks(model: Any, plan: CachePlan | Chain) -> list[Any]:
     """What a plan has to be told and a cache cannot see: hidden states, and where the placeholders of a prompt stand."""
-    hooks = []
+    hooks = [model.register_forward_pre_hook(_note_tally, with_kwargs=True)]
     if "hidden" in plan.needs:
         layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
         hooks += [m.register_forward_pre_hook(_note_hidden, with_kwargs=True) for m in layers]
     if placeholders(model.config):
         hooks.append(getattr(model, model.base_model_prefix).register_forward_pre_hook(_note_tags, with_kwargs=True))
     return hooks
+
+
+def _note_tally(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if isinstance(cache := kwargs.get("past_key_values"), CompressedCache):
+        vars(model)[_HANDLE].tally = cache.tally
 
 
 def _note_hidden(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Attention over slots: one function under a name of our own, exact for every layer's and every head's slots.
 
 Where a layer holds every column it calls the stock function, so that nothing differs by a bit. Elsewhere the stock model's own
-mask (padding, blocks of pictures, a mask the caller gave) is looked up by each slot's column. Pure torch: the reference of what
-a fused kernel has to compute.
+mask (padding, blocks of pictures, a mask the caller gave) is looked up by each slot's column. One new token goes through
+`ops.kv_decode` where slots are in few bits, in several parts, or on a GPU with Triton; more of them through torch, over slots
+restored for this layer alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from .slots import Slots
+from ..ops import kv_decode
+from ..ops.kernels import use_triton
+from ..ops.kv_scores import DTYPES
+from .parts import Parts, by_heads, joined
+from .slots import Slots, exactly, tensor
+from .stores import InBits
 from .view import Sight, weights
 
 LAYER = "_mmcompress_slots"     # on the keys that a layer's `update` returns: the layer
@@ -56,15 +62,56 @@ def slot_attention(stock: str, module: Any, query: Tensor, key: Tensor, value: T
             return out                                      # no cache, or a layer of another kind
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     sight = Sight(attention_mask, layer.seen - query.shape[2])
-    layer.note(sight, kwargs.get("position_ids"))
+    layer.note(sight, kwargs.get("position_ids"), len(query), query.device)
     if not layer.whole:
         if kwargs.get("s_aux") is not None:
             raise UnsupportedModelError(f"{type(module).__name__} has attention sinks of its own (s_aux), which a compressed "
                                         f"cache does not know; detach(model) and run it stock")
-        attend = attend_explicit if stock == "eager" else attend_sdpa
-        out = attend(query, layer.slots, sight, scaling, dropout, kwargs.get("softcap"))
-    layer.settle(query, sight, scaling)
+        out = attend_parts(stock, query, layer.parts, sight, scaling, dropout, kwargs.get("softcap"))
+    layer.settle(query, sight, scaling, kwargs.get("softcap"))
     return out
+
+
+def attend_parts(stock: str, query: Tensor, parts: Parts, sight: Sight, scaling: float, dropout: float = 0.0,
+                 softcap: float | None = None) -> tuple[Tensor, Tensor | None]:
+    """Attention of each group of heads over its own parts. -> (B, Q, H, d_v), and with eager the weights (B, H, Q, N)"""
+    groups = by_heads(parts)
+    if None in groups:
+        return _attend(stock, query, groups[None], sight, scaling, dropout, softcap)
+    held = sum(len(heads or ()) for heads in groups)
+    grouped = query.unflatten(1, (held, -1))                                                        # (B, H_kv, G, Q, d)
+    order = torch.tensor([head for heads in groups for head in heads or ()], device=query.device).argsort()
+    outs, maps = zip(*(_attend(stock, grouped[:, list(heads or ())].flatten(1, 2), own, sight, scaling, dropout, softcap)
+                       for heads, own in groups.items()))
+    by_head = lambda x, dim: x.unflatten(dim, (-1, grouped.shape[2])).index_select(dim, order).flatten(dim, dim + 1)  # noqa: E731
+    out = by_head(torch.cat(outs, 2), 2).contiguous()
+    if maps[0] is None:
+        return out, None
+    most = max(m.shape[-1] for m in maps)
+    return out, by_head(torch.cat([F.pad(m, (0, most - m.shape[-1])) for m in maps], 1), 1)
+
+
+def _attend(stock: str, query: Tensor, parts: Parts, sight: Sight, scaling: float, dropout: float, softcap: float | None
+            ) -> tuple[Tensor, Tensor | None]:
+    """Attention of some heads over all their parts."""
+    fused = query.shape[2] == 1 and stock != "eager" and not dropout and softcap is None and query.dtype in DTYPES \
+        and not (torch.is_grad_enabled() and query.requires_grad)
+    if fused and (len(parts) > 1 or not parts[0].exact or use_triton("auto", query)):
+        tiers = [tier_of(part, sight, query.dtype) for part in parts]
+        return kv_decode.decode_attention(query, *tiers, scale=scaling)[0].transpose(1, 2), None
+    attend = attend_explicit if stock == "eager" else attend_sdpa
+    return attend(query, joined(parts, query.dtype), sight, scaling, dropout, softcap)
+
+
+def tier_of(slots: Slots, sight: Sight, dtype: torch.dtype) -> kv_decode.Slots:
+    """A part as the decode kernel takes it; what it does not read in its own form is restored."""
+    valid = slots.valid
+    if sight.mask is not None:
+        valid = sight.seen(slots, torch.zeros(len(valid), 1, dtype=torch.long, device=valid.device))[:, :, 0]
+    k, v = (x.codes if isinstance(x, InBits) and (x.balance is None or x is slots.keys) else tensor(x, dtype)
+            for x in (slots.keys, slots.values))
+    balance = slots.keys.balance if isinstance(slots.keys, InBits) else None
+    return kv_decode.Slots(k, v, valid=valid, bias=slots.bias, balance=balance)
 
 
 def attend_sdpa(query: Tensor, slots: Slots, sight: Sight, scaling: float, dropout: float = 0.0, softcap: float | None = None
@@ -73,11 +120,11 @@ def attend_sdpa(query: Tensor, slots: Slots, sight: Sight, scaling: float, dropo
     if slots.bias is not None or softcap is not None:
         return attend_explicit(query, slots, sight, scaling, dropout, softcap)[0], None
     batch, heads, length, _ = query.shape
-    groups = heads // slots.keys.shape[1]
+    groups = heads // slots.column.shape[1]
     seen = sight.seen(slots, torch.arange(length, device=query.device).expand(batch, -1))           # (B, H_kv, Q, N)
     seen = seen[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
-    out = F.scaled_dot_product_attention(query.unflatten(1, (-1, groups)).flatten(2, 3), slots.keys, slots.values,
-                                         attn_mask=seen, dropout_p=dropout, scale=scaling)          # (B, H_kv, G Q, d_v)
+    out = F.scaled_dot_product_attention(query.unflatten(1, (-1, groups)).flatten(2, 3), exactly(slots.keys),
+                                         exactly(slots.values), attn_mask=seen, dropout_p=dropout, scale=scaling)
     return _by_token(out.unflatten(2, (groups, length))), None
 
 
@@ -85,14 +132,14 @@ def attend_explicit(query: Tensor, slots: Slots, sight: Sight, scaling: float, d
                     softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """Attention over slots with its weights (B, H, Q, N), in tiles of queries."""
     batch, heads, length, _ = query.shape
-    grouped = query.unflatten(1, (slots.keys.shape[1], -1))                                         # (B, H_kv, G, Q, d)
+    grouped = query.unflatten(1, (slots.column.shape[1], -1))                                       # (B, H_kv, G, Q, d)
     tile = max(1, ROOM // (batch * heads * slots.count))
     outs, maps = [], []
     for at in range(0, length, tile):
         rows = torch.arange(at, min(at + tile, length), device=query.device).expand(batch, -1)
         paid = weights(grouped[..., at:at + tile, :], slots, sight.seen(slots, rows), scaling, softcap).to(query.dtype)
         paid = F.dropout(paid, dropout)
-        outs.append((paid.flatten(2, 3) @ slots.values).unflatten(2, paid.shape[2:4]))
+        outs.append((paid.flatten(2, 3) @ exactly(slots.values)).unflatten(2, paid.shape[2:4]))
         maps.append(paid)
     return _by_token(torch.cat(outs, 3)), torch.cat(maps, 3).flatten(1, 2)
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .plan import CachePlan, Kept
-from .scores import ROOM, column_sums, window_attention
-from .slots import Slots, fold_into
+from .scores import ROOM, accumulated, window_attention
+from .slots import Slots, exactly, fold_into
 from .view import CacheView
 
 
@@ -48,6 +48,7 @@ class EMS(CachePlan):
     tau: float = 0.6
     mass: bool = False
 
+    accumulates: ClassVar[bool] = True
     asks_queries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class EMS(CachePlan):
 
     def scores(self, x: CacheView) -> Tensor:
         assert isinstance(self.recent, int)
-        everyone = column_sums(x) / x.asking.sum(1).clamp_min(1)[:, None, None]
+        everyone = accumulated(x) / x.real.sum(1).clamp_min(1)[:, None, None]
         return torch.maximum(everyone, window_attention(x, self.recent))
 
     def evict(self, x: CacheView, scores: Tensor) -> Kept:
@@ -75,11 +76,12 @@ class EMS(CachePlan):
         paid = kept.scores.clamp_min(1e-12)
         weight = paid / paid.gather(2, index).gather(2, centre)                                     # 1 at a centre
         new = fold_into(replace(x.slots, bias=weight.log()), index, valid, target)
+        folded = exactly(new.keys)
         of_members = lambda part: torch.zeros(index.shape, device=part.device).scatter_add(  # noqa: E731
             2, target.clamp_min(0), part * (target >= 0))                                           # sums, (B, H, K)
         norm = of_members(weight * x.keys.float().norm(dim=-1)) / of_members(weight).clamp_min(1e-20)
-        scale = norm / new.keys.float().norm(dim=-1).clamp_min(1e-20)
-        keys = (new.keys.float() * scale[..., None]).to(x.keys.dtype)
+        scale = norm / folded.float().norm(dim=-1).clamp_min(1e-20)
+        keys = (folded.float() * scale[..., None]).to(x.keys.dtype)
         bias = of_members(x.slots.mass).clamp_min(1e-20).log().masked_fill(~new.valid, 0) if self.mass else None
         return replace(new, keys=keys, bias=bias)
 

@@ -1,8 +1,9 @@
 """H2O (Zhang et al., NeurIPS 2023, arXiv 2306.14048): heavy hitters of the accumulated attention, and the recent tokens.
 
-The paper's: the score is attention summed over all queries of the prompt, half of the budget is the recent window. Its code
-goes on adding while decoding; here a prompt is judged once, by its own queries (`again=True`: every prompt by its own). Ours:
-the mean over query heads that share a key head; sinks are optional, SinkLoRA (arXiv 2406.05678) uses four.
+The paper's: the score is attention summed over all queries so far, half of the budget is the recent window; a token that is
+dropped keeps no score. Its code goes on adding while decoding and drops one token a step: `every=1`. A prompt that comes in
+chunks (`again=True`) is judged by the sums over all of its chunks. Ours: the mean over query heads that share a key head; sinks
+are optional, SinkLoRA (arXiv 2406.05678) uses four.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .plan import CachePlan
-from .scores import column_sums
+from .scores import accumulated
 from .view import CacheView
 
 
@@ -24,7 +25,7 @@ class H2O(CachePlan):
     sinks: int = 0
     recent: int | float = 0.5
 
-    asks_queries: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = True
 
     def scores(self, x: CacheView) -> Tensor:
-        return column_sums(x)
+        return accumulated(x)

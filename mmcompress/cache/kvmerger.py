@@ -23,10 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..budget import keep_count
 from ..ops.ranking import ranks
 from .plan import CachePlan, Kept, admit, budget
-from .scores import column_sums
+from .scores import accumulated
 from .slots import Slots, fold_into
 from .view import TAGS, CacheView
 
@@ -57,7 +56,7 @@ class KVMerger(CachePlan):
     sigma: float | Literal["paper", "distance"] = "paper"
     mass: bool = False
 
-    asks_queries: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,22 +69,20 @@ class KVMerger(CachePlan):
             raise ValueError(f"sigma={self.sigma!r}: the kernel's width, a number above 0, or 'paper' or 'distance'")
 
     def scores(self, x: CacheView) -> Tensor:
-        return column_sums(x)
+        return accumulated(x)
 
     def evict(self, x: CacheView, scores: Tensor) -> Kept:
         if isinstance(self.keep, Mapping):
-            tags, of_slot, forced = x.tagged(), x.tag, self.forced(x.valid, x.valid.sum(-1, keepdim=True))
+            of_slot, forced = x.tag, self.forced(x.valid, x.valid.sum(-1, keepdim=True))
             parts = [self._sets(x, scores, x.valid & (of_slot == number), forced,
-                                budget((x.real & (tags == number)).sum(1), self.keep.get(name, 1.0))[:, None, None])
+                                budget(x.total_of(number), self.keep.get(name, 1.0))[:, None, None])
                      for number, name in enumerate(TAGS)]
             masks, places = zip(*parts)
             return Sets(torch.stack(masks).any(0), None, torch.stack(places).amax(0))
         keep = self.at(x.layer, x.depth)
-        count = budget(x.real.sum(1), keep)[:, None, None]
-        most = keep_count(x.real.shape[1], keep)
-        width = max(most, self.sinks + (self.recent if isinstance(self.recent, int) else int(most * self.recent + 1e-9)))
+        count = budget(x.total, keep)[:, None, None]
         mask, pivot = self._sets(x, scores, x.valid, self.forced(x.valid, count), count)
-        return Sets(mask, width, pivot)
+        return Sets(mask, self.width(x), pivot)
 
     def fold(self, x: CacheView, kept: Kept) -> Slots:
         assert isinstance(kept, Sets) and kept.pivot is not None

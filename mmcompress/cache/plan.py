@@ -1,10 +1,13 @@
-"""What every way of shrinking the cache is: a plan of stages, score -> evict -> fold, over one layer's slots."""
+"""What every way of shrinking the cache is: a plan of stages, score -> evict -> fold -> store, over one layer's slots.
+
+Where a plan shares slots between two layers there is a fifth stage, share. A plan without a stage passes on what it is given.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from ..budget import check_keep, keep_count
 from ..ops.ranking import mask_to_index, ranks
+from .parts import Parts
 from .slots import Slots
 from .view import TAGS, CacheView
 
@@ -41,17 +45,21 @@ class Kept:
 class CachePlan(ABC):
     """Base of the built-in methods: a frozen dataclass whose fields are its configuration, and pure functions of tensors.
 
-    A subclass writes `scores`; the budget is here, `evict` may be replaced by a method that divides it otherwise and `fold` by
-    one that merges. A scorer with parameters is a field: an `nn.Module` that `scores` calls. Queries, keys, values, positions
-    and modalities are always there (`CacheView`); `needs` names what has to be read from the model for it.
+    A subclass writes `scores`; the budget is here, `evict` may be replaced by a method that divides it otherwise, `fold` by
+    one that merges and `store` by one that holds slots in another form (`slots.Stored`). A scorer or a store with parameters is
+    a field: an `nn.Module` that the stage calls. Queries, keys, values, positions and modalities are always there
+    (`CacheView`); `needs` names what has to be read from the model for it.
 
     keep    what a layer keeps of all the tokens that the cache has seen, padding not counted: a share, or a count; a sequence
-            of one a layer; or a mapping from modality, as {"image": 0.1}, where modalities that are not named stay whole
+            of one a layer; or a mapping from modality, as {"image": 0.1}, where modalities that are not named stay whole.
+            Tokens that a reducer dropped before the language model count as seen: one unit for both
     sinks   so many of a row's first tokens always stay
     recent  so many of its last ones, or that share of the budget. Sinks and recent tokens are paid from the budget, and stay
             where it is smaller than they are
     again   compress after every prompt, not the first alone, to the share of all the tokens so far: for chunked prefill
     every   compress while decoding too, when so many tokens have come since the last time; None: generated tokens all stay
+    text_prior  tokens of text come before all others (LOOK-M, Wan et al., 2024, arXiv 2406.18139): their scores are raised by
+            the highest of another modality's. It orders one budget; a mapping in `keep` gives each modality its own
     """
 
     keep: Keep = 0.25
@@ -59,11 +67,16 @@ class CachePlan(ABC):
     recent: int | float = 32
     again: bool = False
     every: int | None = None
+    text_prior: bool = False
 
     needs: ClassVar[tuple[Need, ...]] = ()
+    accumulates: ClassVar[bool] = False         # reads `x.slots.evidence`, which the cache then gathers call by call
+    may_lead: ClassVar[bool] = False            # its `reduce` is of use where its `store` gives way to another plan's
     asks_queries: ClassVar[bool] = False        # judges by a prompt's queries, so cannot judge while decoding
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, list):
+            object.__setattr__(self, "keep", tuple(self.keep))
         _check(self.keep)
         if self.sinks < 0 or isinstance(self.sinks, bool):
             raise ValueError(f"sinks={self.sinks}: how many of the first tokens always stay, 0 or more")
@@ -74,7 +87,7 @@ class CachePlan(ABC):
             raise ValueError(f"every={self.every}: compress after so many generated tokens, 1 or more; None: never")
         if self.every is not None and self.asks_queries:
             raise ValueError(f"{type(self).__name__}(every={self.every}): it judges by the queries of a prompt, and decoding "
-                             f"has one query a step; leave every out, or use StreamingLLM, KNorm or KeyDiff")
+                             f"has one query a step; leave every out, or use H2O, StreamingLLM, KNorm or KeyDiff")
 
     @abstractmethod
     def scores(self, x: CacheView) -> Tensor:
@@ -84,28 +97,60 @@ class CachePlan(ABC):
         """The best of each head, sinks and recent tokens first."""
         if isinstance(self.keep, Mapping):
             return self._by_modality(x, scores, self.keep)
+        if self.text_prior:
+            text = x.tag == 0
+            best = scores.masked_fill(text | ~x.valid, -torch.inf).amax(-1, keepdim=True)
+            scores = torch.where(text, scores + best.clamp_min(0), scores)
         keep = self.at(x.layer, x.depth)
-        real = x.real.sum(1)
-        count = budget(real, keep)[:, None, None]
-        columns = x.real.shape[1]
-        most = keep_count(columns, keep)
-        recent = self.recent if isinstance(self.recent, int) else int(most * self.recent + 1e-9)
-        width = max(most, self.sinks + recent)
-        return Kept(admit(scores, x.valid, self.forced(x.valid, count), count), width)
+        count = budget(x.total, keep)[:, None, None]
+        return Kept(admit(scores, x.valid, self.forced(x.valid, count), count), self.width(x))
+
+    def width(self, x: CacheView) -> int:
+        """Slots that no head exceeds after `evict`, known on the host."""
+        most = keep_count(x.columns, self.at(x.layer, x.depth))
+        return max(most, self.sinks + (self.recent if isinstance(self.recent, int) else int(most * self.recent + 1e-9)))
 
     def fold(self, x: CacheView, kept: Kept) -> Slots:
         """The slots after eviction; here what goes is gone."""
         return x.slots.take(*kept.index())
 
-    def __call__(self, x: CacheView) -> Slots:
-        """The layer's slots, fewer; the same object where the budget holds all of them."""
+    def reduce(self, x: CacheView) -> Slots:
+        """Score, evict, fold: the layer's slots, fewer; the same object where the budget holds all of them."""
         if not isinstance(self.keep, Mapping) and self.keeps_all(x):
             return x.slots
-        return self.fold(x, self.evict(x, self.scores(x)))
+        with x.stage("score"):
+            scores = self.scores(x)
+        with x.stage("select"):
+            kept = self.evict(x, scores)
+        with x.stage("gather"):
+            return self.fold(x, kept)
+
+    def store(self, x: CacheView) -> Slots | Parts:
+        """How the slots of a view that has been reduced are held; here as they are, exact."""
+        return x.slots
+
+    def share(self, x: CacheView, below: Slots) -> tuple[Slots | Parts, Slots | Parts]:
+        """What two layers hold together: the lower one's and this one's. below: the lower one's slots"""
+        raise NotImplementedError(f"{type(self).__name__} shares nothing between layers")
+
+    def follows(self, before: Sequence[CachePlan]) -> None:
+        """Check what comes before it in a chain; ValueError where it cannot come after that."""
+        return
+
+    def partner(self, layer: int, depth: int) -> int | None:
+        """The lower layer that a layer shares its slots with; None: it shares nothing."""
+        return None
+
+    def __call__(self, x: CacheView) -> Slots | Parts:
+        """What a layer holds from now on; `x.slots` itself where nothing changes."""
+        new = self.reduce(x)
+        with x.stage("store"):
+            return self.store(x if new is x.slots else replace(x, slots=new, intact=False))
 
     def keeps_all(self, x: CacheView) -> bool:
-        columns = x.real.shape[1]
-        return keep_count(columns, self.at(x.layer, x.depth)) >= columns
+        """Whether every row's budget holds all that is there, as far as the host can know."""
+        keep, there = self.at(x.layer, x.depth), x.real.shape[1]
+        return keep_count(there + x.beyond.least, keep) >= there
 
     def at(self, layer: int, depth: int) -> float | int:
         """The budget of one layer."""
@@ -124,12 +169,12 @@ class CachePlan(ABC):
         return valid & ((order <= self.sinks) | (order > total - recent))
 
     def _by_modality(self, x: CacheView, scores: Tensor, keep: Mapping[str, float | int]) -> Kept:
-        tags, of_slot = x.tagged(), x.tag
+        of_slot = x.tag
         forced = self.forced(x.valid, x.valid.sum(-1, keepdim=True))
         mask = torch.zeros_like(x.valid)
         for number, name in enumerate(TAGS):
             own = x.valid & (of_slot == number)
-            count = budget((x.real & (tags == number)).sum(1), keep.get(name, 1.0))[:, None, None]
+            count = budget(x.total_of(number), keep.get(name, 1.0))[:, None, None]
             mask |= admit(scores, own, forced & own, count)
         return Kept(mask)
 

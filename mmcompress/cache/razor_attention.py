@@ -4,17 +4,20 @@ The paper's: all but the retrieval heads keep four sinks, the last max(4000, N /
 of the dropped keys and of their values, counted as often as it stands for: a slot with log-mass. Retrieval heads are found once
 a model by a probe (`find_retrieval_heads`). As in the authors' code the mean is over rotated keys.
 
-Heads of one layer lie in one tensor as long as its longest head, so memory is saved in layers without a retrieval head alone;
-in the others fewer slots are read into the softmax, and a ragged store has to follow.
+Heads of unlike length are held in two tensors, so what is dropped is freed. Before another plan of a chain they lie in one, as
+long as its longest head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .parts import Parts, split
 from .plan import CachePlan, Keep, Kept
 from .slots import Slots, fold_into
 from .view import CacheView
@@ -34,17 +37,29 @@ class RazorAttention(CachePlan):
     retrieval: tuple[tuple[int, int], ...] = ()
     compensation: bool = True
 
+    may_lead: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.keep, Mapping):
+            raise ValueError(f"keep={dict(self.keep)!r}: RazorAttention keeps what is near, whatever it is; pass one share or "
+                             f"count")
+        object.__setattr__(self, "retrieval", tuple((int(layer), int(head)) for layer, head in self.retrieval))
+
     def scores(self, x: CacheView) -> Tensor:
         return x.slots.column.float()
 
     def evict(self, x: CacheView, scores: Tensor) -> Kept:
         kept = super().evict(x, scores)
-        whole = [head for layer, head in self.retrieval if layer == x.layer]
-        if not whole:
+        if not (whole := self.whole(x)):
             return kept
         mask = kept.mask.clone()
         mask[:, whole] = x.valid[:, whole]
         return Kept(mask, x.slots.count)
+
+    def whole(self, x: CacheView) -> list[int]:
+        """The retrieval heads of a layer."""
+        return sorted({head for layer, head in self.retrieval if layer == x.layer})
 
     def fold(self, x: CacheView, kept: Kept) -> Slots:
         if not self.compensation:
@@ -57,3 +72,10 @@ class RazorAttention(CachePlan):
         slot = mask.long().cumsum(-1) - 1                                                           # where a kept one goes
         target = torch.where(dropped, slot.gather(-1, last.clamp_min(0)), torch.where(mask, slot, -1))
         return fold_into(x.slots, index, valid, target)
+
+    def store(self, x: CacheView) -> Slots | Parts:
+        whole, heads = self.whole(x), range(x.slots.column.shape[1])
+        near = tuple(head for head in heads if head not in whole)
+        if not whole or not near:
+            return x.slots
+        return split(x.slots, ((tuple(whole), x.slots.count), (near, min(self.width(x) + self.compensation, x.slots.count))))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .attach import attach
+from .parts import Parts
 from .plan import CachePlan
 from .scores import ROOM
 from .slots import Slots
@@ -47,7 +48,7 @@ class _Probe(CachePlan):
     def scores(self, x: CacheView) -> Tensor:
         raise AssertionError("a probe keeps everything")
 
-    def __call__(self, x: CacheView) -> Slots:
+    def __call__(self, x: CacheView) -> Slots | Parts:
         self.found[x.layer] = echo_and_induction(x, self.period).mean(1)                            # (2, H_kv)
         return x.slots
 

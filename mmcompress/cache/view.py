@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import SignalError
-from .slots import Slots
+from .slots import Slots, exactly
 
+if TYPE_CHECKING:
+    from ..report import Stopwatch
+
+_KIND = "_mmcompress_kind"                      # on a mask: what `Sight.kind` found
 TAGS = ("text", "image", "video", "audio")      # modality tags are numbers into this
 
 
@@ -35,7 +42,7 @@ class Sight:
 
         rows (B, q) int64, numbers of queries -> (B, H_kv, q, N) bool
         """
-        column = slots.column[:, :, None]                                                           # (B, H, 1, N)
+        column = slots.column.long()[:, :, None]                                                    # (B, H, 1, N)
         if self.mask is None:
             return (column <= self.start + rows[:, None, :, None]) & slots.valid[:, :, None]
         self._check(self.mask)
@@ -50,6 +57,30 @@ class Sight:
             return torch.ones(batch, length, dtype=torch.bool, device=device)
         return self._allowed(self.mask[:, 0, -1, :length]).expand(batch, -1)
 
+    def kind(self, queries: int) -> tuple[bool, bool]:
+        """Whether the mask says no more than causality and padding, and whether all padding is in front of a row's tokens.
+
+        Reads the mask, so it waits for the device, once for all layers that share the mask. No mask: no padding.
+        """
+        if self.mask is None:
+            return True, True
+        known: dict[tuple[int, int], tuple[bool, bool]] = self.mask.__dict__.setdefault(_KIND, {})
+        if (self.start, queries) not in known:
+            known[self.start, queries] = self._kind(self.mask, queries)
+        return known[self.start, queries]
+
+    def _kind(self, mask: Tensor, queries: int) -> tuple[bool, bool]:
+        self._check(mask)
+        length = self.start + queries
+        allowed = self._allowed(mask[:, 0, :, :length])                                             # (B or 1, Q, L)
+        real, place = allowed[:, -1], torch.arange(length, device=mask.device)
+        causal = real[:, None] & (place <= place[self.start:, None])
+        asking = real[:, self.start:, None]
+        plain = ((allowed == causal) | ~asking).all()
+        left = (real.long().diff(dim=1) >= 0).all()
+        plain, left = torch.stack([plain, left]).tolist()
+        return plain, left
+
     def _check(self, mask: Tensor) -> None:
         queries, columns = mask.shape[2:]
         if columns < self.start + queries:
@@ -63,16 +94,35 @@ class Sight:
 
 
 @dataclass(frozen=True, eq=False)
+class Total:
+    """How many tokens a budget counts: those that the stock model would hold once the prompt is in.
+
+    of_tag  (B, len(TAGS)) int64: tokens of each modality beyond those that have come, because a reducer dropped them before the
+            language model, or because a prompt that comes in chunks has been announced; None: no others
+    least   what no row's sum of them is below, and most: what none is above; known on the host
+    """
+
+    of_tag: Tensor | None = None
+    least: int = 0
+    most: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class CacheView:
     """One layer of the cache after a call, before it is compressed.
 
-    slots     what it holds, the call's own tokens at the end
+    slots     what it holds, exact and in the order of columns, the call's own tokens at the end
     queries   (B, H_kv, G, Q, d) the call's own, rotated; G query heads share a key head
     sight     which columns these queries saw
     real      (B, L) bool: which of all columns so far are no padding
     positions (B, L) int64: the rotary position of every column
     tags      (B, L) int64: the modality of every column, see TAGS; None: not told
     hidden    (B, Q, D) what entered the attention layer, for plans that say `needs = ("hidden",)`
+    softcap   what the layer caps its logits at; None: it does not
+    beyond    tokens that count for budgets and are no columns
+    intact    whether the call's own tokens are all there; not after another plan of a chain
+    balance   (B, H_kv, 1, d) float32: the balancer of what is held in few bits already; None: nothing is
+    stopwatch where the milliseconds of the stages go; None: nowhere
     """
 
     slots: Slots
@@ -85,16 +135,46 @@ class CacheView:
     depth: int
     tags: Tensor | None = None
     hidden: Tensor | None = None
+    softcap: float | None = None
+    beyond: Total = Total()
+    intact: bool = True
+    balance: Tensor | None = None
+    stopwatch: Stopwatch | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of a plan."""
+        if self.stopwatch is None:
+            yield
+            return
+        with self.stopwatch.stage(name):
+            yield
+
+    @property
+    def total(self) -> Tensor:
+        """How many tokens of each row a budget counts. (B,) int64"""
+        real = self.real.sum(1)
+        return real if self.beyond.of_tag is None else real + self.beyond.of_tag.sum(1)
+
+    def total_of(self, tag: int) -> Tensor:
+        """The same, of one modality. (B,) int64"""
+        real = (self.real & (self.tagged() == tag)).sum(1)
+        return real if self.beyond.of_tag is None else real + self.beyond.of_tag[:, tag]
+
+    @property
+    def columns(self) -> int:
+        """What no row's total exceeds, known on the host."""
+        return self.real.shape[1] + self.beyond.most
 
     @property
     def keys(self) -> Tensor:
         """(B, H_kv, N, d)"""
-        return self.slots.keys
+        return exactly(self.slots.keys)
 
     @property
     def values(self) -> Tensor:
         """(B, H_kv, N, d_v)"""
-        return self.slots.values
+        return exactly(self.slots.values)
 
     @property
     def valid(self) -> Tensor:
@@ -127,7 +207,7 @@ class CacheView:
 
     def of_columns(self, x: Tensor) -> Tensor:
         """What is known of columns, by slot. (B, L) -> (B, H_kv, N)"""
-        return x[:, None].expand(-1, self.slots.column.shape[1], -1).gather(2, self.slots.column)
+        return x[:, None].expand(-1, self.slots.column.shape[1], -1).gather(2, self.slots.column.long())
 
     @property
     def asking(self) -> Tensor:
@@ -142,7 +222,8 @@ class CacheView:
     def probabilities(self, rows: Tensor) -> Tensor:
         """Attention that some queries pay each slot, as the layer itself computes it. (B, q) -> (B, H_kv, G, q, N) float32"""
         index = rows[:, None, None, :, None].expand(-1, *self.queries.shape[1:3], -1, self.queries.shape[-1])
-        return weights(self.queries.gather(3, index), self.slots, self.sight.seen(self.slots, rows), self.scaling)
+        return weights(self.queries.gather(3, index), self.slots, self.sight.seen(self.slots, rows), self.scaling,
+                       self.softcap)
 
 
 def weights(queries: Tensor, slots: Slots, seen: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
@@ -150,7 +231,7 @@ def weights(queries: Tensor, slots: Slots, seen: Tensor, scaling: float, softcap
 
     A query that sees nothing (padding) spreads evenly, as under an additive mask.
     """
-    logits = (queries.flatten(2, 3) @ slots.keys.transpose(2, 3)).unflatten(2, queries.shape[2:4]).float() * scaling
+    logits = (queries.flatten(2, 3) @ exactly(slots.keys).transpose(2, 3)).unflatten(2, queries.shape[2:4]).float() * scaling
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
     if slots.bias is not None:
