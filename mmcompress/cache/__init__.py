@@ -17,6 +17,8 @@ from .keydiff import KeyDiff
 from .knorm import KNorm
 from .kvmerger import KVMerger
 from .layer import SlotLayer
+from .mikv import MiKV
+from .minicache import MiniCache
 from .plan import CachePlan, Kept
 from .random import Random
 from .razor_attention import RazorAttention
@@ -29,5 +31,5 @@ from .streaming_llm import StreamingLLM
 from .view import TAGS, CacheView
 
 __all__ = ["EMS", "H2O", "TAGS", "Attached", "CachePlan", "CacheView", "Chain", "CompressedCache", "InBits", "KNorm",
-           "KVMerger", "Kept", "KeyDiff", "Random", "RazorAttention", "Recent", "SlotLayer", "Slots", "SnapKV", "Stored",
-           "StreamingLLM", "attach", "chain", "detach", "find_retrieval_heads", "fold_into"]
+           "KVMerger", "Kept", "KeyDiff", "MiKV", "MiniCache", "Random", "RazorAttention", "Recent", "SlotLayer", "Slots",
+           "SnapKV", "Stored", "StreamingLLM", "attach", "chain", "detach", "find_retrieval_heads", "fold_into"]

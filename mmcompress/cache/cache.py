@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,14 +105,26 @@ class CompressedCache(DynamicCache):
         self.timeline.clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.timeline.rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._rows("reorder_cache", beam_idx, lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.timeline.rows(lambda x: x.repeat_interleave(repeats, 0))
+        self._rows("batch_repeat_interleave", repeats, lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.timeline.rows(lambda x: x[indices])
+        self._rows("batch_select_indices", indices, lambda x: x[indices])
 
+    def _rows(self, name: str, argument: Any, change: Callable[[Tensor], Tensor]) -> None:
+        """Choose or repeat rows in every layer; what layers share they share afterwards."""
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def once(x: Tensor) -> Tensor:
+            if id(x) not in done:
+                done[id(x)] = x, change(x)
+            return done[id(x)][1]
+
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.rows(once if layer.shares else change)
+            else:
+                getattr(layer, name)(argument)
+        self.timeline.rows(change)

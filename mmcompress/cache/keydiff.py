@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.kv_keys import key_diversity
 from .plan import CachePlan
 from .view import CacheView
 
@@ -19,7 +19,4 @@ class KeyDiff(CachePlan):
     recent: int | float = 0
 
     def scores(self, x: CacheView) -> Tensor:
-        unit = F.normalize(x.keys.float(), dim=-1)
-        mass = x.slots.mass[..., None]
-        anchor = (unit * mass).sum(2, keepdim=True) / mass.sum(2, keepdim=True).clamp_min(1)        # (B, H, 1, d)
-        return -F.cosine_similarity(unit, anchor, dim=-1)
+        return key_diversity(x.keys, x.valid)

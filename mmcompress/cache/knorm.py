@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..ops.kv_keys import key_norm
 from .plan import CachePlan
 from .view import CacheView
 
@@ -21,4 +22,4 @@ class KNorm(CachePlan):
     recent: int | float = 0
 
     def scores(self, x: CacheView) -> Tensor:
-        return -x.keys.float().norm(dim=-1)
+        return key_norm(x.keys)

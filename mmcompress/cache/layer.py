@@ -49,6 +49,11 @@ class SlotLayer(DynamicLayer):
         self.unread = False
 
     @property
+    def shares(self) -> bool:
+        """Whether another layer may hold some of the same memory."""
+        return self.plan is not None and (self.below is not None or self.plan.partner(self.layer + 1, self.depth) == self.layer)
+
+    @property
     def whole(self) -> bool:
         """Whether it holds every column, each as one token."""
         return not self.parts
@@ -212,8 +217,11 @@ class SlotLayer(DynamicLayer):
 
     def count_up(self) -> None:
         """Tell the tally what it holds."""
-        self.tally.hold(self.layer, self.nbytes)
-        self.tally.layers[self.layer] = LayerTally(self.seen, self.count, self.nbytes, self.stock_nbytes, self.dtype)
+        nbytes = self.nbytes
+        if self.below is not None:                          # of what two layers share the lower one is said to hold it
+            nbytes = bytes_of(iter([*self.below.tensors(), *self.tensors()])) - self.below.nbytes
+        self.tally.hold(self.layer, nbytes)
+        self.tally.layers[self.layer] = LayerTally(self.seen, self.count, nbytes, self.stock_nbytes, self.dtype)
 
     def get_seq_length(self) -> int:
         """Tokens seen, dropped ones included."""
@@ -241,7 +249,8 @@ class SlotLayer(DynamicLayer):
         super().reset()
         self._empty()
 
-    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+    def rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Choose or repeat rows."""
         if self.seen == 0:
             return
         if self.whole:
@@ -251,10 +260,10 @@ class SlotLayer(DynamicLayer):
             self.parts = tuple(part.each(change) for part in self.parts)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rows(lambda x: x.repeat_interleave(repeats, 0))
+        self.rows(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(lambda x: x[indices])
+        self.rows(lambda x: x[indices])

@@ -17,8 +17,8 @@ Parts = tuple[Slots, ...]
 
 
 def as_parts(held: Slots | Parts) -> Parts:
-    """What a plan returns, as parts."""
-    return (held,) if isinstance(held, Slots) else held
+    """What a plan returns, as parts, those that hold nothing left out."""
+    return (held,) if isinstance(held, Slots) else tuple(part for part in held if part.count)
 
 
 def by_heads(parts: Parts) -> dict[Heads | None, Parts]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.kv_keys import Pool, pool_scores
 from .plan import CachePlan
 from .scores import window_attention
 from .view import CacheView
@@ -24,12 +24,14 @@ class SnapKV(CachePlan):
     """Keep the tokens that the last `recent` ones look at.
 
     recent  the window: its queries vote, and it always stays
-    kernel  votes are averaged over so many neighbours, an odd number
+    kernel  votes are pooled over so many neighbours, an odd number
+    pooling "avg", or "max", which the paper's text speaks of
     """
 
     sinks: int = 0
     recent: int | float = 32
     kernel: int = 5
+    pooling: Pool = "avg"
 
     asks_queries: ClassVar[bool] = True
 
@@ -40,10 +42,12 @@ class SnapKV(CachePlan):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel={self.kernel}: votes are averaged over an odd number of neighbours; 1: over none")
 
+        if self.pooling not in ("avg", "max"):
+            raise ValueError(f"pooling={self.pooling!r}: 'avg' or 'max'")
+
     def scores(self, x: CacheView) -> Tensor:
         assert isinstance(self.recent, int)
         order = x.valid.long().cumsum(-1)
         outside = x.valid & (order <= order[..., -1:] - self.recent)
-        votes = window_attention(x, self.recent).masked_fill(~outside, 0)                           # (B, H, N)
-        pooled = F.avg_pool1d(votes, self.kernel, 1, self.kernel // 2)
-        return pooled.masked_fill(~outside, torch.inf)
+        votes = window_attention(x, self.recent)                                                    # (B, H, N)
+        return pool_scores(votes, self.kernel, self.pooling, outside).masked_fill(~outside, torch.inf)
