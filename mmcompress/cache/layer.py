@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,14 @@ class SlotLayer(DynamicLayer):
         self.hidden: Tensor | None = None       # what entered the attention layer in this call, where a plan needs it
         self.seen = self.base = 0
         self.unread = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlotLayer:
+        """Its own tensors; the model's configuration and the plan, whose modules are trained, are the same ones."""
+        new = copy(self)
+        memo[id(self)] = new
+        for name in ("keys", "values", "parts", "evidence", "hidden", "timeline", "tally", "below"):
+            setattr(new, name, deepcopy(getattr(self, name), memo))
+        return new
 
     @property
     def shares(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -34,6 +35,11 @@ class Tally:
     layers: dict[int, LayerTally] = field(default_factory=dict)
     peak: int = 0
     held: dict[int, int] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
+        """Figures of its own; the stopwatch, which may hold events of a GPU, is the same."""
+        new = memo[id(self)] = Tally(self.stopwatch, dict(self.layers), self.peak, dict(self.held))
+        return new
 
     def hold(self, layer: int, nbytes: int) -> None:
         """Note what a layer holds now."""
