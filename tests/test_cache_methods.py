@@ -26,6 +26,7 @@ from mmcompress.cache import (
     find_retrieval_heads,
 )
 from mmcompress.cache.attention import attend_explicit, attend_sdpa
+from mmcompress.cache.retrieval_heads import _Probe as Probe
 from mmcompress.cache.scores import column_sums, window_attention
 from mmcompress.cache.view import Sight
 
@@ -198,6 +199,10 @@ def test_the_probe_finds_heads_that_copy():
             echo += maps[:, :, q, q - m * period] / (period * repeats - period)
             induction += maps[:, :, q, q - m * period + 1] / (period * repeats - period)
     echo, induction = (x.unflatten(1, (2, 2)).amax(2).flatten() for x in (echo, induction))
+    probe = Probe(period=period)
+    with torch.no_grad(), attach(model, probe) as attached:
+        model(ids, past_key_values=attached.cache())
+    torch.testing.assert_close(torch.cat([probe.found[i] for i in range(3)], 1), torch.stack([echo, induction]))
     pairs = [(layer, head) for layer in range(3) for head in range(2)]
     options = dict(period=period, repeats=repeats, seed=3)
     for k in (1, 2, 5):

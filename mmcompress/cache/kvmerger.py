@@ -4,7 +4,8 @@ No code of the authors was found. The paper's: neighbours join while cos(k_i, k_
 hitters and recent tokens take no part; a set's pivot p is its most attended token, and with g_i = exp(-||k_p - k_i||^2 / 2s^2)
 its key and its value are means by g_i / sum g. From a third party's notes: the first two layers and the last stay unmerged
 (say so with a budget a layer, keep=[1.0, 1.0, 0.5, ..., 1.0]); s = sum_i g_i / (sqrt 2 |S|), which is circular, and is taken
-once from s = the mean distance to the pivot; a factor |S| on the values is left out, as there. From memory, unverified:
+once from s = the mean distance to the pivot (their code begins with the root mean square, the pivot counted); a factor |S| on
+the values is left out, as there. From memory, unverified:
 eps = 0.75, and 12 % heavy hitters and 17 % recent tokens where half is kept, here as shares of the budget.
 
 Ours: sets by KV head, over rotated keys. The number of sets depends on the data, and the budget does not: a pair less is a slot

@@ -157,8 +157,7 @@ def interpolate(below: Tensor, above: Tensor, t: float = 0.6) -> Tensor:
     near, far = along.norm(dim=-1, keepdim=True), across.norm(dim=-1, keepdim=True)
     turn = (2 * t - 1) * torch.atan2(far, near)                     # from the middle, (t - 1/2) of the angle
     arc = turn.cos() * F.normalize(along, dim=-1) + turn.sin() * F.normalize(across, dim=-1)
-    alone = (near < OPPOSITE) & (far > OPPOSITE)
-    return torch.where(alone, v if t >= 0.5 else u, arc).to(below.dtype)
+    return torch.where(near < OPPOSITE, v if t >= 0.5 else u, arc).to(below.dtype)
 
 
 def restore(direction: Tensor, norm: Tensor) -> Tensor:

@@ -31,9 +31,10 @@ def echo_and_induction(x: CacheView, period: int, room: int = ROOM) -> Tensor:
     for at in range(period, length, tile):
         rows = torch.arange(at, min(at + tile, length), device=total.device)
         paid = x.probabilities(rows.expand(batch, -1))                                              # (B, H, G, q, N)
-        back = rows[:, None] - torch.arange(length, device=total.device)                            # (q, N)
+        column = torch.arange(length, device=total.device)
+        back = rows[:, None] - column                                                               # (q, N)
         earlier = (back > 0) & (back % period == 0)
-        after = (back > 0) & ((back + 1) % period == 0)
+        after = (back > 0) & ((back + 1) % period == 0) & (column > 0)                              # a copy is before it
         total += torch.stack([(paid * which).sum((-2, -1)) for which in (earlier, after)])
     return (total / (length - period)).amax(-1)
 
