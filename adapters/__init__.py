@@ -30,13 +30,20 @@ _ADAPTERS: dict[str, str] = {
 _INSIDE = {"qwen2_5_omni": "thinker"}       # models whose part is what has an adapter
 
 
-def adapter_for(model: Any) -> Adapter:
-    """The adapter of a transformers model, chosen by its `config.model_type`."""
+def adapter_for(model: Any, text: bool = False) -> Adapter:
+    """The adapter of a transformers model, chosen by its `config.model_type`.
+
+    text  take families that have none for models of text; else they raise UnsupportedModelError
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type in _INSIDE:
         raise UnsupportedModelError(f"{type(model).__name__} speaks as well as hears: wrap the part that reads prompts, "
                                     f"mmcompress.wrap(model.{_INSIDE[model_type]}, ...); it answers in text then, since the "
                                     f"part that speaks needs the hidden states of the whole prompt (generation_mode='text')")
+    if model_type not in _ADAPTERS and text:
+        from .text import TextAdapter
+
+        return TextAdapter(model)
     if model_type not in _ADAPTERS:
         raise UnsupportedModelError(f"no adapter for model_type {model_type!r}; known: {', '.join(sorted(_ADAPTERS))}; "
                                     f"adapters/README.md shows how to write one")

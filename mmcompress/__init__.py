@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("adapters", "audio", "eval", "image", "layers", "pico", "train", "video", "viz"):     # mmcompress.pico.load()
+def __getattr__(name: str) -> Any:                             # mmcompress.pico.load()
+    if name in ("adapters", "audio", "cache", "eval", "image", "layers", "pico", "train", "video", "viz"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,13 @@
 """What `forward` and `generate` of a wrapped model do: reduce what it sees and hears, call the stock method, fit the result.
 
-Calls without pictures pass through, except that a cache which holds a reduced prompt is recognised and its columns mapped.
+Calls without pictures pass through, except that a cache which holds a reduced prompt is recognised and its columns mapped, and
+that caches are made by the configured plans.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from . import seq2seq
+from . import caching, seq2seq
 from .compat import check_chunked_prefill, check_decoding, check_gaps_over_cache
 from .layers.held import holds_layers, recall_layers, remember_layers
 from .layers.run import KEY, LayerRun
@@ -31,11 +33,16 @@ _CACHE = "_mmcompress_prompt"   # the PromptMap of a cache's prompt, on the cach
 
 def forward(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     """What `forward` of a wrapped model does with its arguments by name."""
+    if handle.timed is None and handle.compresses and kwargs.get("use_cache") and kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = handle.cache()
     if not handle.reduces(kwargs):
         _fit_mask_to_cache(kwargs)
         pending = handle.pending if kwargs.get("mm_encoder_outputs") is not None else None
-        if handle.timed is None:
+        if handle.timed is None and (handle.attached is None or torch.compiler.is_compiling()):
             return through_layers(handle, kwargs, pending)
+        if handle.timed is None:
+            with caching.noted(handle, kwargs) as record, _timed(record):
+                return through_layers(handle, kwargs, pending)
         _mask_for_gaps(kwargs, handle)
         if torch.compiler.is_compiling():
             return through_layers(handle, kwargs, pending)
@@ -47,10 +54,14 @@ def forward(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     run = handle.start(kwargs)
     if run.prompt is not None:
         _note_positions(handle, run.prompt, kwargs.get("attention_mask"))
-    with run.stopwatch.stage("prefill"):
+    with caching.noted(handle, run.inputs, run), _timed(run):
         out = through_layers(handle, run.inputs, run)
     remember(_cache_of(out), run.prompt)
     return out
+
+
+def _timed(run: Run | None) -> AbstractContextManager[None]:
+    return nullcontext() if run is None else run.stopwatch.stage("prefill")
 
 
 def through_layers(handle: Wrapped, kwargs: dict[str, Any], run: Run | None) -> Any:
@@ -177,7 +188,7 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     """What `generate` of a wrapped model does with its arguments by name."""
     if handle.adapter.seq2seq:
         return seq2seq.generate(handle, kwargs)
-    stock, model = handle.stock["generate"], handle.model
+    model = handle.model
     inputs = kwargs.pop("inputs", None)
     if inputs is not None:
         if kwargs.get("input_ids") is not None:
@@ -189,7 +200,7 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
         check_decoding(kwargs)
         kwargs["disable_compile"] = True                        # every step has other lengths, layer by layer
     if earlier is None and not handle.reduces(kwargs):
-        return stock(**kwargs)
+        return _stock(handle, kwargs, None)
     if kwargs.get("input_ids") is None:
         raise ValueError("generate() with pictures needs input_ids; inputs_embeds alone do not tell where they stand")
     if earlier is None and cache is not None and (held := int(cache.get_seq_length())) > 0:
@@ -202,7 +213,7 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _infer_mask(kwargs, model.generation_config)
     prompt: PromptMap | None
-    before, begun = handle.run, None
+    begun = None
     with torch.no_grad():
         if earlier is not None:
             call, prompt, begun = _continue(handle, earlier, kwargs)
@@ -214,12 +225,7 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
         _fit_lengths(call, prompt, model.generation_config)
         _fit_watchers(call, prompt)
     _repeat_sound(call, model.generation_config)
-    handle.timed = handle.run.stopwatch if handle.run is not None and handle.run is not before else None
-    handle.pending = begun
-    try:
-        out = stock(**call)
-    finally:
-        handle.timed = handle.pending = None
+    out = _stock(handle, call, begun)
     if prompt is None:
         return out
     sequences = out if isinstance(out, Tensor) else out.sequences
@@ -230,6 +236,16 @@ def generate(handle: Wrapped, kwargs: dict[str, Any]) -> Any:
         return restored
     out.sequences = restored
     return out
+
+
+def _stock(handle: Wrapped, call: dict[str, Any], run: Run | None) -> Any:
+    """The stock `generate`; `run` is the record of what was reduced before it."""
+    with caching.generating(handle, call, run) as record:
+        handle.timed, handle.pending = None if record is None else record.stopwatch, run
+        try:
+            return handle.stock["generate"](**call)
+        finally:
+            handle.timed = handle.pending = None
 
 
 def _continue(handle: Wrapped, earlier: PromptMap, kwargs: dict[str, Any]

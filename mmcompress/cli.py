@@ -123,6 +123,8 @@ def run(model: Model,
             help=f"The same for the recording; default {DEFAULTS['audio']}.")] = None,
         layers: Annotated[str | None, typer.Option(
             help="Reducers inside the language model, as YAML: fastv, or '{name: fastv, layer: 2, keep: 0.5}'.")] = None,
+        cache: Annotated[str | None, typer.Option(
+            help="Plans for the key-value cache, as YAML: snapkv, or '{name: snapkv, keep: 0.25}', or a list of them.")] = None,
         keep: Own = None, option: Options = None,
         budget: Annotated[str | None, typer.Option(
             help="Instead of --keep: tokens of all together, a share or a count, divided by how much each has to say.")] = None,
@@ -137,20 +139,25 @@ def run(model: Model,
     """Ask a checkpoint about pictures, a clip, a recording, with fewer of their tokens; print the answer and what it saved."""
     from .asking import ask, check_prompt, open_shown
     from .checkpoint import hearing_rate, load
-    from .config import WrapConfig, build_layers
+    from .config import WrapConfig, build_cache, build_layers
 
     given = {"image": image_reducer, "video": video_reducer, "audio": audio_reducer}
-    if config is not None and (*given.values(), layers, keep, option, budget, positions) != (None,) * 8:
-        raise ValueError("pass either --config or --image-reducer, --video-reducer, --audio-reducer, --layers, --keep, "
-                         "--option, --budget and --positions, not both")
+    if config is not None and (*given.values(), layers, cache, keep, option, budget, positions) != (None,) * 9:
+        raise ValueError("pass either --config or --image-reducer, --video-reducer, --audio-reducer, --layers, --cache, "
+                         "--keep, --option, --budget and --positions, not both")
     if keep is not None and budget is not None:
         raise ValueError("--keep and --budget: the budget decides what each keeps; pass one of them")
     rate = 0 if audio is None else hearing_rate(model)
     shown = open_shown(image or (), video, frames, fps, start, end, audio, rate)
+    default = (layers, cache) == (None, None) or (keep, option, budget) != (None,) * 3
     chosen = WrapConfig.load(config) if config is not None else WrapConfig(
-        **reducers_of(given, shown.slots, keep, option, default=layers is None or (keep, option, budget) != (None,) * 3),
-        layers=build_layers(from_yaml("--layers", layers) if layers else ()), positions=cast("Any", positions),
+        **reducers_of(given, shown.slots, keep, option, default),
+        layers=build_layers(from_yaml("--layers", layers) if layers else ()),
+        cache=build_cache(from_yaml("--cache", cache) if cache else ()), positions=cast("Any", positions),
         budget=None if budget is None else parse_keep(budget, "--budget"))
+    if plot is not None and not chosen.before and not chosen.layers:
+        raise ValueError(f"--plot {plot}: only the cache is made smaller, and the language model reads every token; add "
+                         f"--{shown.slots[-1]}-reducer to draw what it keeps")
     check_prompt(model, prompt)
     loaded, processor = load(model, device, dtype, attn, video=video is not None)
     answer, report = ask(loaded, processor, shown, prompt, chosen, max_new_tokens, plot)
@@ -163,7 +170,7 @@ def run(model: Model,
 @app.command("list")
 def list_methods(markdown: Annotated[bool, typer.Option("--markdown", help="The table of README.md.")] = False,
                  as_json: Json = False) -> None:
-    """Every registered reducer with its options."""
+    """Every registered reducer and cache plan with its options."""
     from .docs import methods, methods_table
     from .tables import methods_shown
 

@@ -30,6 +30,8 @@ class WrapConfig:
                  count; None: each reducer keeps what its `keep` says
     floor        with a budget, what each item keeps at least: a share of its tokens, or a count
     layers       reducers inside the language model, such as (FastV(2, 0.5),)
+    cache        plans that keep the key-value cache small, one after the other, such as (SnapKV(keep=0.25),); empty: stock.
+                 Their shares are of the tokens of the stock prompt, before `image` and the like have shortened it
     positions    "closed": kept tokens close up, as if the picture had been that small; "original": each keeps the
                  position it had in the full prompt, and the text after it too; None: what the reducers were made for, their
                  attribute `positions`, "original" if one of them asks for it. Models with multi-dimensional rotary positions
@@ -43,15 +45,20 @@ class WrapConfig:
     audio: Any = None
     budget: float | int | None = None
     floor: float | int = 0.05
+    cache: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "cache", build_cache(self.cache))
         for slot in MODALITIES:
             if isinstance(given := getattr(self, slot), (str, dict)):
                 object.__setattr__(self, slot, registry.build(slot, given))
-        if not self.before and not self.layers:
-            raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25), video=..., audio=... "
-                             "or layers=[...]")
+        if not self.before and not self.layers and not self.cache:
+            raise ValueError("nothing to reduce: pass image=..., for example image=GlobalCom2(keep=0.25), video=..., "
+                             "audio=..., layers=[...] or cache=...")
+        if self.layers and self.cache:
+            raise ValueError("layers=[...] and cache=...: reducers inside the language model leave each layer of the cache "
+                             "another length before a plan sees it; pass one of them, beside image=..., video=... or audio=...")
         if self.budget is not None:
             self._check_budget()
         if self.positions is None:
@@ -76,7 +83,8 @@ class WrapConfig:
         slots = {slot: None if getattr(self, slot) is None else registry.describe(slot, getattr(self, slot))
                  for slot in MODALITIES}
         return {**slots, "positions": self.positions, "budget": self.budget, "floor": self.floor,
-                "layers": [registry.describe("layers", reducer) for reducer in self.layers]}
+                "layers": [registry.describe("layers", reducer) for reducer in self.layers],
+                "cache": [registry.describe("cache", plan) for plan in self.cache]}
 
     @property
     def before(self) -> dict[str, Any]:
@@ -107,19 +115,24 @@ class WrapConfig:
     @property
     def label(self) -> str:
         """What is reduced, in short."""
-        label = " + ".join(registry.label(r) for r in (*self.before.values(), *self.layers))
+        label = " + ".join(registry.label(r) for r in (*self.before.values(), *self.layers, *self.cache))
         return label if self.budget is None else f"{label}, budget={self.budget}"
+
+    @property
+    def cache_label(self) -> str:
+        """What keeps the cache small, in short."""
+        return " + ".join(map(registry.label, self.cache))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> WrapConfig:
         data = dict(data)
         data.pop("mmcompress_version", None)
-        if unknown := sorted(set(data) - {*MODALITIES, "positions", "layers", "budget", "floor"}):
-            raise ValueError(f"unknown keys {', '.join(unknown)}; a configuration has image, video, audio, layers, budget and "
-                             f"positions")
+        if unknown := sorted(set(data) - {*MODALITIES, "positions", "layers", "budget", "floor", "cache"}):
+            raise ValueError(f"unknown keys {', '.join(unknown)}; a configuration has image, video, audio, layers, budget, "
+                             f"cache and positions")
         slots = {slot: registry.build(slot, data[slot]) for slot in MODALITIES if data.get(slot) is not None}
         return cls(**slots, positions=data.get("positions"), layers=build_layers(data.get("layers") or ()),
-                   budget=data.get("budget"), floor=data.get("floor", cls.floor))
+                   budget=data.get("budget"), floor=data.get("floor", cls.floor), cache=build_cache(data.get("cache")))
 
     @classmethod
     def load(cls, path: str | Path) -> WrapConfig:
@@ -150,15 +163,32 @@ def build_layers(layers: Any) -> tuple[Any, ...]:
     return tuple(registry.build("layers", one) for one in (layers if several else [layers]))
 
 
+def build_cache(plans: Any) -> tuple[Any, ...]:
+    """Cache plans from what the user gave: one or several, their names, dicts, or a YAML file that has some; None: none."""
+    if plans is None:
+        return ()
+    if _is_file(plans):
+        found = WrapConfig.load(plans).cache
+        if not found:
+            raise ValueError(f"{plans} configures no cache plan; pass it as wrap(model, {plans!r})")
+        return found
+    several = isinstance(plans, Iterable) and not isinstance(plans, (str, dict))
+    return tuple(registry.build("cache", one) for one in (plans if several else [plans]))
+
+
 def given_reducers(**given: Any) -> dict[str, Any]:
     """Each slot's reducer from what the user gave: as `registry.build` takes it, a YAML file that configures one, or None."""
     return {slot: None if one is None else _given(slot, one) for slot, one in given.items()}
 
 
 def _given(slot: str, given: Any) -> Any:
-    if not (isinstance(given, str) and given.endswith((".yaml", ".yml"))):
+    if not _is_file(given):
         return registry.build(slot, given)
     found = getattr(WrapConfig.load(given), slot)
     if found is None:
         raise ValueError(f"{given} configures no {slot} reducer; pass it as wrap(model, {given!r})")
     return found
+
+
+def _is_file(given: Any) -> bool:
+    return isinstance(given, str) and given.endswith((".yaml", ".yml"))

@@ -6,6 +6,7 @@ Outsiders add theirs with `register("image", "mine", "package.module:Class")`, o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
@@ -53,6 +54,20 @@ _REDUCERS: dict[str, dict[str, str]] = {
         "in_layer": "mmcompress.layers.in_layer:InLayer",
         "fastadasp": "mmcompress.audio.fastadasp:FastAdaSP",
     },
+    "cache": {
+        "snapkv": "mmcompress.cache.snapkv:SnapKV",
+        "h2o": "mmcompress.cache.h2o:H2O",
+        "streaming_llm": "mmcompress.cache.streaming_llm:StreamingLLM",
+        "razor_attention": "mmcompress.cache.razor_attention:RazorAttention",
+        "ems": "mmcompress.cache.ems:EMS",
+        "kvmerger": "mmcompress.cache.kvmerger:KVMerger",
+        "minicache": "mmcompress.cache.minicache:MiniCache",
+        "mikv": "mmcompress.cache.mikv:MiKV",
+        "knorm": "mmcompress.cache.knorm:KNorm",
+        "keydiff": "mmcompress.cache.keydiff:KeyDiff",
+        "random": "mmcompress.cache.random:Random",
+        "recent": "mmcompress.cache.recent:Recent",
+    },
 }
 SLOTS = tuple(_REDUCERS)
 SHOWN = ("layer", "keep", "stride")     # fields that are said even where they are the default
@@ -61,6 +76,7 @@ _IS = {     # what makes an instance a reducer of a slot
     "video": ("count", "__call__"),
     "audio": ("count", "__call__"),
     "layers": ("steps",),
+    "cache": ("scores", "__call__"),
 }
 
 
@@ -126,7 +142,9 @@ def describe(slot: str, reducer: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, which YAML and JSON know."""
+    """Tuples as lists and mappings as dicts, which YAML and JSON know."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

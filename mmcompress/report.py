@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from .flops import prefill_flops
 from .layout import VideoLayout
 
+CACHE_STAGES = ("score", "select", "gather", "store")
 Mark = Any      # a time.perf_counter() reading, or a CUDA event
 
 
@@ -106,13 +108,46 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class CacheReport:
+    """What plans did to one key-value cache, as it was when its layers had last been compressed.
+
+    label         the plans
+    tokens        that had come in by then, of the longest prompt, padding included and those that reducers dropped before not
+    layers        the layers that plans see, numbered from 0; sliding windows are none of them
+    slots         memory of each of these layers, in tokens of a prompt: slots of its longest head
+    bytes_before  the stock cache's keys and values of the same tokens in these layers, in `dtype`; each beam has its own
+    bytes_after   theirs, with scales, masses, columns and validity: all that a layer holds
+    peak          the most bytes that they held together while prompts came in
+    milliseconds  `score`, `select`, `gather`, `store`: of every compression of this cache
+    """
+
+    label: str
+    tokens: int
+    layers: list[int]
+    slots: list[int]
+    bytes_before: int
+    bytes_after: int
+    peak: int
+    dtype: str
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        low, high = min(self.slots), max(self.slots)
+        slots = f"{low:,}" if low == high else f"{low:,} to {high:,} (on average {sum(self.slots) / len(self.slots):,.0f})"
+        times = "".join(f"{', ' if i else '; ms: '}{name} {ms:.1f}" for i, (name, ms) in enumerate(self.milliseconds.items()))
+        return (f"cache {self.label}: {self.tokens:,} -> {slots} slots a layer, {_sizes(self.bytes_before, self.bytes_after)} "
+                f"({self.bytes_after / self.bytes_before:.1%}, books included), at most {_size(self.peak)} on the way{times}")
+
+
+@dataclass(frozen=True)
 class Report:
     """What one call saved and cost.
 
     Prompt lengths are columns of the batch, padding included. Milliseconds: `plan` (the shorter prompt, on the host),
     `encode` (vision tower and projector), `reduce`, `pack`, `prefill` (the first forward of the language model), `decode`
     (all later ones). KV bytes are those of a full-precision cache of the prompt, and floating-point operations those of the
-    language model's prefill (`flops.prefill_flops`), all rows, computed from the configuration and the columns of each layer.
+    language model's prefill (`flops.prefill_flops`), all rows, computed from the configuration and the columns of each layer;
+    where plans compressed the cache (`cache` says how), `kv_bytes_after` is what it was measured to hold, each prompt once.
     `tokens_mean` is what a decoder layer reads of the pictures, averaged over its `depth` layers; `layers` says what reducers
     inside the language model left, layer by layer.
 
@@ -133,6 +168,7 @@ class Report:
     depth: int = 0
     tokens_mean: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
+    cache: CacheReport | None = None
 
     @property
     def tokens_before(self) -> int:
@@ -156,7 +192,7 @@ class Report:
                 "by_modality": self.by_modality}
 
     def __str__(self) -> str:
-        if not self.items:
+        if not self.items and self.cache is None:
             return f"{self.reducer}: nothing was reduced (no picture, clip or recording in the last call)"
         lines = [self.reducer]
         for n, i in enumerate(self.items):
@@ -180,6 +216,8 @@ class Report:
         lines.append(f"  prompt {self.prompt_before} -> {self.prompt_after} columns, prefill "
                      f"{_flops(self.flops_before)} -> {_flops(self.flops_after)}, "
                      f"KV cache {_size(self.kv_bytes_before)} -> {_size(self.kv_bytes_after)}")
+        if self.cache is not None:
+            lines.append(f"  {self.cache}")
         times = [f"{name} {ms:.1f}" for name, ms in self.milliseconds.items() if name != "decode"]
         if self.decode_steps:
             times.append(f"decode {self.milliseconds['decode'] / self.decode_steps:.1f} x {self.decode_steps}")
@@ -192,6 +230,44 @@ def _flops(count: int) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def _sizes(before: int, after: int) -> str:
+    """Two sizes, the unit once where it is the same."""
+    first, second = _size(before), _size(after)
+    return f"{first if first[-3:] != second[-3:] else first[:-4]} -> {second}"
+
+
+def describe_run(run: Any, config: Any, model: Any, depth: int, tally: Any = None) -> Report:
+    """The report of one call. run: a `pipeline.Run`; config: a `WrapConfig`; tally: the `cache.Tally` of what it compressed"""
+    before, after = [run.columns] * depth, run.columns_by_layer(depth)
+    size = lambda columns: kv_bytes(model.config, run.rows, columns, model.dtype)  # noqa: E731
+    flops = lambda columns: prefill_flops(model.config, run.rows, columns)  # noqa: E731
+    return Report(reducer=config.label, items=[describe_item(i) for i in run.items], prompt_before=run.columns,
+                  prompt_after=after[0], milliseconds=run.stopwatch.milliseconds(), decode_steps=run.stopwatch.count("decode"),
+                  kv_bytes_before=size(before), kv_bytes_after=size(after) if tally is None else _held(tally, after, size),
+                  flops_before=flops(before), flops_after=flops(after), depth=depth,
+                  tokens_mean=sum(run.tokens_by_layer(depth)) / depth, layers=describe_layers(run, depth),
+                  cache=None if tally is None else describe_cache(tally, config.cache_label))
+
+
+def describe_cache(tally: Any, label: str) -> CacheReport:
+    """What a `cache.Tally` says; waits for the device."""
+    layers = sorted(tally.layers)
+    found = [tally.layers[i] for i in layers]
+    took = tally.stopwatch.milliseconds()
+    return CacheReport(label=label, tokens=max(x.seen for x in found), layers=layers, slots=[x.slots for x in found],
+                       bytes_before=sum(x.stock_nbytes for x in found), bytes_after=sum(x.nbytes for x in found),
+                       peak=tally.peak, dtype=str(found[0].dtype).removeprefix("torch."),
+                       milliseconds={stage: took[stage] for stage in CACHE_STAGES if stage in took})
+
+
+def _held(tally: Any, columns: Sequence[int], size: Any) -> int:
+    """Bytes of each prompt once: of compressed layers the share of what they were measured by, of others what stock holds."""
+    found = tally.layers
+    stock, held = (sum(getattr(x, name) for x in found.values()) for name in ("stock_nbytes", "nbytes"))
+    seen = size([found[i].seen if i in found else 0 for i in range(len(columns))])
+    return size([0 if i in found else n for i, n in enumerate(columns)]) + seen * held // stock
 
 
 def describe_item(item: Any) -> ItemReport:

@@ -2,13 +2,14 @@
 
 `wrap` replaces `forward` and `generate` on the instance (never on its class). With pictures, clips or recordings in the call
 they reduce them first and hand the shorter prompt and the precomputed features to the stock methods; else they pass through.
+What keeps the cache small is attached and detached by `cache.attach`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,35 +18,37 @@ from typing import Any
 
 from torch import Tensor
 
-from . import calls, seq2seq
-from .adapters import Encoded, adapter_for, known_model_types
-from .compat import base_of, check_layers
-from .config import MODALITIES, Positions, WrapConfig, build_layers, given_reducers
-from .errors import UnsupportedModelError, WrapError
-from .flops import prefill_flops
-from .layers.base import works_on
+from . import caching, calls, seq2seq
+from .adapters import Encoded, adapter_for
+from .checking import check
+from .compat import base_of
+from .config import Positions, WrapConfig, build_cache, build_layers, given_reducers
+from .errors import WrapError
 from .layers.run import enter_layer
 from .pipeline import Items, Run, captures_of, reduce_inputs
 from .prompt import PromptMap
-from .report import Report, Stopwatch, describe_item, describe_layers, kv_bytes
+from .report import Report, Stopwatch, describe_run
 
 _STATE = "_mmcompress"          # the handle, in the model's __dict__
 _METHODS = ("forward", "generate")
 
 
 def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: Any = None, video: Any = None, audio: Any = None,
-         layers: Any = (), budget: float | int | None = None, floor: float | int | None = None,
+         layers: Any = (), cache: Any = (), budget: float | int | None = None, floor: float | int | None = None,
          positions: Positions | None = None) -> Wrapped:
-    """Make a LLaVA-style transformers model, or Whisper, reduce the tokens of its pictures, clips and recordings.
+    """Make a LLaVA-style transformers model, or Whisper, reduce the tokens of its pictures, clips and recordings, or any
+    transformers model that generates keep its key-value cache small.
 
     Undo it with `remove()` or a `with` block.
 
-    model      a transformers model of a known family, also inside PEFT or with accelerate hooks
+    model      a transformers model of a known family, also inside PEFT or with accelerate hooks; for `cache` alone of any
     config     a YAML file such as "configs/globalcom2-25.yaml", instead of the keywords
     image      a reducer, its registry name, a dict {"name": ..., fields}, or a YAML file that configures one
     video      the same for clips
     audio      the same for recordings
     layers     reducers inside the language model, such as [FastV(2, 0.5)]; one or several, names and dicts as well
+    cache      plans for the key-value cache, such as SnapKV(keep=0.25): one or several that follow one another, names and dicts
+               as well. `generate` makes such caches, so does `forward` with `use_cache=True`, and `Wrapped.cache`
     budget     what the pictures, clips and recordings of a prompt may cost together: tokens (int) or a share of them (float),
                divided by how much each has to say; `floor` is what each keeps at least (5 % of its tokens). The reducers' own
                `keep` does not count then
@@ -54,12 +57,12 @@ def wrap(model: Any, config: str | Path | WrapConfig | None = None, *, image: An
     if isinstance(config, WrapConfig):
         chosen = config
     elif config is not None:
-        if any(x is not None for x in (image, video, audio, budget)) or build_layers(layers):
-            raise ValueError("pass either a configuration file or image=..., video=..., audio=..., layers=... and budget=..., "
-                             "not both")
+        if any(x is not None for x in (image, video, audio, budget)) or build_layers(layers) or build_cache(cache):
+            raise ValueError("pass either a configuration file or image=..., video=..., audio=..., layers=..., cache=... and "
+                             "budget=..., not both")
         chosen = WrapConfig.load(config)
     else:
-        chosen = WrapConfig(**given_reducers(image=image, video=video, audio=audio), layers=build_layers(layers),
+        chosen = WrapConfig(**given_reducers(image=image, video=video, audio=audio), layers=build_layers(layers), cache=cache,
                             positions=positions, budget=budget, floor=WrapConfig.floor if floor is None else floor)
     return Wrapped(model, chosen)
 
@@ -82,7 +85,7 @@ def unwrap(model: Any) -> Any:
 
 
 class Wrapped:
-    """A model that reduces the tokens of its pictures, clips and recordings. Call it, or the model itself, as before.
+    """A model that reduces what it sees and hears, or its cache. Call it, or the model itself, as before.
 
     `report` says what the last call saved and cost, `last` which token of each item went where.
     """
@@ -95,7 +98,7 @@ class Wrapped:
         self.outer = model
         self.model = base
         self.config = config
-        self.adapter = adapter_for(base)
+        self.adapter = adapter_for(base, text=bool(config.cache) and not config.before and not config.layers)
         self.active = True
         self.pending: Run | None = None            # while generate runs: what its prefill is to do inside the language model
         self.only_training = False                 # evaluation mode sees all tokens, as training schedules want
@@ -105,15 +108,19 @@ class Wrapped:
         self.begun: Run | None = None              # while generate of a seq2seq model runs: the record of all its windows
         self.mark: Any = None                      # when its encoder began
         self.merging: Any = None                   # while it runs: what a reducer does inside it
-        self._check(config)
+        self.attached: Any = None                  # the cache.Attached whose plans are in the model
+        self.tally: Any = None                     # the cache.Tally of what the last reduced call compressed
+        check(base, self.adapter, config)
         self.run: Run | None = None                # the record of the last reduced call
         self.ids: Tensor | None = None             # its input_ids
         self.timed: Stopwatch | None = None        # while generate runs: its forward calls are timed
+        caching.follow(self)                       # raises where a model has no generate, or attention of another kind
         self._held = {name: base.__dict__.get(name) for name in _METHODS}       # accelerate keeps its own there
         self.stock: dict[str, Callable[..., Any]] = {name: getattr(base, name) for name in _METHODS}
         self.names = {name: list(inspect.signature(stock).parameters) for name, stock in self.stock.items()}
+        hears = self.adapter.reads("audio") and not self.adapter.takes_features and not self.adapter.seq2seq
         for name, replacement in (("forward", _forward), ("generate", _generate)):
-            more = not self.adapter.takes_features and not self.adapter.seq2seq and name == "forward"
+            more = hears and name == "forward"
             base.__dict__[name] = MethodType(_with_signature(replacement, self.stock[name], more), base)
         base.__dict__[_STATE] = self
         if config.layers:
@@ -123,30 +130,12 @@ class Wrapped:
 
     def configure(self, config: WrapConfig) -> None:
         """Reduce differently from the next call on, as training schedules do; caches made before stay valid."""
-        self._check(config)
+        check(self.model, self.adapter, config)
         self.config = config
+        if self.active:
+            caching.follow(self, None if self.attached is None else self.attached.plan)
         if config.layers and not self._hooks:
             self._hook_layers()
-
-    def _check(self, config: WrapConfig) -> None:
-        can = [slot for slot in MODALITIES if self.adapter.reads(slot)]
-        for reducer in config.layers:
-            if not any(works_on(reducer, modality) for modality in can):
-                raise UnsupportedModelError(f"{type(reducer).__name__} reduces recordings, and {type(self.model).__name__} "
-                                            f"does not hear; use FastV, PyramidDrop or StagePool")
-        if self.adapter.seq2seq and config.layers:
-            raise UnsupportedModelError(f"{type(self.model).__name__} has no prompt with sound in it, so layers=[...] has "
-                                        f"nothing to reduce; use audio=...")
-        steps = config.steps(self.adapter.depth)
-        check_layers(self.model, steps)
-        if steps and self.adapter.mrope:
-            raise UnsupportedModelError(f"{type(self.model).__name__}: layers=[...] does not know its multi-dimensional rotary "
-                                        f"positions; use image=... and video=...")
-        for slot, verb in (("image", "sees no pictures"), ("video", "reads no clips"), ("audio", "does not hear")):
-            if getattr(config, slot) is not None and not self.adapter.reads(slot):
-                raise UnsupportedModelError(f"{type(self.model).__name__} {verb}, so {slot}=... has nothing to reduce; "
-                                            f"adapters/README.md lists what each family takes (of known model types: "
-                                            f"{', '.join(known_model_types())})")
 
     def _hook_layers(self) -> None:
         for number, layer in enumerate(self.adapter.decoder_layers):
@@ -161,6 +150,14 @@ class Wrapped:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self._check_wrapped()
         return self.outer.generate(*args, **kwargs)
+
+    def cache(self) -> Any:
+        """An empty cache that the configured plans keep small, for a conversation: `generate(..., past_key_values=w.cache())`.
+
+        A stock one under `disable` and, where `only_training` says so, in evaluation. Raises ValueError if there is no plan.
+        """
+        self._check_wrapped()
+        return caching.make(self)
 
     # looking ------------------------------------------------------------------------------------------------------
 
@@ -188,14 +185,7 @@ class Wrapped:
             return Report(reducer=self.config.label)
         if self.adapter.seq2seq:
             return seq2seq.report(self)
-        depth, config = self.adapter.depth, self.model.config
-        before, after = [run.columns] * depth, run.columns_by_layer(depth)
-        size = lambda columns: kv_bytes(config, run.rows, columns, self.model.dtype)  # noqa: E731
-        return Report(reducer=self.config.label, items=[describe_item(i) for i in run.items],
-                      prompt_before=run.columns, prompt_after=after[0], milliseconds=run.stopwatch.milliseconds(),
-                      decode_steps=run.stopwatch.count("decode"), kv_bytes_before=size(before), kv_bytes_after=size(after),
-                      flops_before=prefill_flops(config, run.rows, before), flops_after=prefill_flops(config, run.rows, after),
-                      depth=depth, tokens_mean=sum(run.tokens_by_layer(depth)) / depth, layers=describe_layers(run, depth))
+        return describe_run(run, self.config, self.model, self.adapter.depth, self.tally)
 
     def plot(self, image: Any, item: int = 0, layer: int | None = None, **options: Any) -> Any:
         """The kept tokens over the picture, a strip of a clip's frames or a recording's spectrogram: a matplotlib Figure.
@@ -235,14 +225,15 @@ class Wrapped:
         """The stock model within the block; the wrap stays in place."""
         before, self.active = self.active, False
         try:
-            yield self
+            with caching.paused(self) if before else nullcontext():
+                yield self
         finally:
             self.active = before
 
     def remove(self) -> Any:
         """Put everything back as it was and return the model. Doing it twice is fine."""
         state = self.model.__dict__
-        if state.get(_STATE) is not self:
+        if not self.in_place:
             return self.outer
         for name in _METHODS:
             place = name if _is_ours(state.get(name)) else f"_old_{name}"       # accelerate hooks added since the wrap
@@ -256,6 +247,7 @@ class Wrapped:
             else:
                 state[name] = self._held[name]
         del state[_STATE]
+        caching.leave(self)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -271,15 +263,20 @@ class Wrapped:
     def __repr__(self) -> str:
         return f"Wrapped({type(self.model).__name__}, {self.config.label}, positions={self.config.positions!r})"
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the model is still wrapped by this handle."""
+        return self.model.__dict__.get(_STATE) is self
+
     def _check_wrapped(self) -> None:
-        if self.model.__dict__.get(_STATE) is not self:
+        if not self.in_place:
             raise WrapError("this wrap was removed; call mmcompress.wrap(model, ...) again")
 
     # what the replaced methods do ---------------------------------------------------------------------------------
 
     def reduces(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call has pictures, clips or recordings to reduce."""
-        if not self.active or (self.only_training and not self.model.training):
+        if not self.listens:
             return False
         if self.adapter.seq2seq:
             return False                                        # its encoder's hook does
@@ -288,15 +285,20 @@ class Wrapped:
 
     @property
     def listens(self) -> bool:
-        """Whether what a seq2seq model's encoder hears is reduced now."""
+        """Whether the wrap does anything now; of seq2seq models, whether what the encoder hears is reduced."""
         return self.active and (self.model.training or not self.only_training)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether caches that are made now are kept small."""
+        return bool(self.config.cache) and self.listens
 
     def start(self, kwargs: dict[str, Any], side: Any = None, encoded: Mapping[str, Encoded] | Encoded | None = None) -> Run:
         """Reduce a call; the handle keeps its record, not its tensors."""
         if encoded is None and self._encoded is not None:
             encoded = self._encode_once(kwargs)
         run = reduce_inputs(self.adapter, kwargs, self.config, side, encoded)
-        self.run, self.ids = replace(run, inputs={}, vision=None), kwargs["input_ids"]
+        self.run, self.ids, self.tally = replace(run, inputs={}, vision=None), kwargs["input_ids"], None
         if self.watch is not None:
             self.watch(run)
         return run

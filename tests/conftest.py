@@ -20,6 +20,7 @@ METHODS = sorted(mmcompress.available("image"))
 VIDEO_METHODS = sorted(mmcompress.available("video"))
 AUDIO_METHODS = sorted(mmcompress.available("audio"))
 LAYER_METHODS = sorted(mmcompress.available("layers"))
+CACHE_METHODS = sorted(mmcompress.available("cache"))
 
 
 def reducers(keep):
@@ -60,4 +61,16 @@ def layer_reducer(name, keep=0.4):
 @pytest.fixture(params=[name for name in LAYER_METHODS if works_on(reducer_class("layers", name), "image")])
 def layer_method(request):
     """The name of each registered layer reducer that works on pictures in turn."""
+    return request.param
+
+
+def cache_plan(name, keep=0.4, **options):
+    """A registered cache plan by name, its window no longer than tiny prompts ask for. MiniCache drops nothing."""
+    short = {"recent": 3} if name in ("snapkv", "ems", "razor_attention") else {}
+    return reducer_class("cache", name)(**{"keep": 1.0 if name == "minicache" else keep, **short, **options})
+
+
+@pytest.fixture(params=CACHE_METHODS)
+def cache_method(request):
+    """The name of each registered cache plan in turn."""
     return request.param

@@ -80,6 +80,24 @@ def test_eval_and_run_reduce_inside_the_language_model(tmp_path):
     assert output(*ask, "--layers", "fastv", "--keep", "0.5")["report"]["reducer"].startswith("GlobalRank(keep=0.5) + FastV(")
 
 
+def test_run_keeps_the_cache_small(picture, tmp_path):
+    ask = ["run", "--model", "pico", "--image", picture, "--prompt", "how many cards are there?", "--max-new-tokens", "3"]
+    alone = output(*ask, "--cache", "{name: snapkv, keep: 0.5, recent: 4}")["report"]
+    assert alone["reducer"] == "SnapKV(keep=0.5, recent=4)" == alone["cache"]["label"] and alone["items"] == []
+    assert alone["cache"]["slots"] == [alone["prompt_before"] // 2] * alone["depth"]
+    plans = "[knorm, {name: recent, keep: 0.1}]"
+    both = output(*ask, "--image-reducer", "uniform", "--keep", "0.5", "--cache", plans)["report"]
+    assert both["reducer"] == "Uniform(keep=0.5) + KNorm(keep=0.25) + Recent(keep=0.1)"
+    assert set(both["cache"]["slots"]) == {alone["prompt_before"] // 10}              # of the whole prompt, not of what came in
+    assert both["cache"]["tokens"] == both["prompt_after"] < 0.6 * both["prompt_before"]
+    for wrong, said in ((["--cache", "nope"], "no cache reducer named 'nope'"), (["--cache", "{"], "--cache {: not valid YAML"),
+                        (["--cache", "knorm", "--layers", "fastv"], "pass one of them"),
+                        (["--cache", "knorm", "--config", "configs/globalcom2-25.yaml"], "not both"),
+                        (["--cache", "knorm", "--plot", tmp_path / "kept.png"], "add --image-reducer")):
+        result = call(*ask, *wrong)
+        assert result.exit_code == 2 and said in result.stderr
+
+
 def test_markdown_is_a_table_of_every_method():
     table = docs.methods_table()
     assert call("list", "--markdown").stdout == table

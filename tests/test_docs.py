@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import LAYER_METHODS, METHODS, VIDEO_METHODS
+from conftest import CACHE_METHODS, LAYER_METHODS, METHODS, VIDEO_METHODS
 
 import mmcompress
 from mmcompress.docs import accuracy_table, budget_table, methods, methods_table
@@ -42,6 +42,7 @@ def test_the_table_covers_the_registry():
     assert sorted(m.name for m in methods() if m.slot == "image") == METHODS
     assert sorted(m.name for m in methods() if m.slot == "video") == VIDEO_METHODS
     assert sorted(m.name for m in methods() if m.slot == "layers") == LAYER_METHODS
+    assert sorted(m.name for m in methods() if m.slot == "cache") == CACHE_METHODS
     for m in methods():
         assert m.about.endswith(".") and (m.slot != "image" or m.options["keep"] == 0.25)
 
