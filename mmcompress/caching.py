@@ -59,9 +59,9 @@ def make(handle: Wrapped) -> Any:
 
 def holds(cache: Any) -> bool:
     """Whether a cache is one of ours."""
-    from .cache import CompressedCache
+    from .cache import CompressedCache, StaticCompressedCache
 
-    return isinstance(cache, CompressedCache)
+    return isinstance(cache, (CompressedCache, StaticCompressedCache))
 
 
 @contextmanager

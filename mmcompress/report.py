@@ -135,8 +135,9 @@ class CacheReport:
         low, high = min(self.slots), max(self.slots)
         slots = f"{low:,}" if low == high else f"{low:,} to {high:,} (on average {sum(self.slots) / len(self.slots):,.0f})"
         times = "".join(f"{', ' if i else '; ms: '}{name} {ms:.1f}" for i, (name, ms) in enumerate(self.milliseconds.items()))
+        share = f"{self.bytes_after / self.bytes_before:.1%}, bookkeeping included"
         return (f"cache {self.label}: {self.tokens:,} -> {slots} slots a layer, {_sizes(self.bytes_before, self.bytes_after)} "
-                f"({self.bytes_after / self.bytes_before:.1%}, books included), at most {_size(self.peak)} on the way{times}")
+                f"({share}), at most {_size(self.peak)} on the way{times}")
 
 
 @dataclass(frozen=True)

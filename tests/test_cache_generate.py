@@ -110,8 +110,8 @@ def test_ways_of_generating_that_would_compress_too_early_are_refused():
     with attach(model, KNorm(0.5)):
         with pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
             model.generate(words(1, 12), max_new_tokens=4, prompt_lookup_num_tokens=3)
-        with pytest.raises(ValueError, match="cache_implementation='static'"):
-            model.generate(words(1, 12), max_new_tokens=4, cache_implementation="static")
+        with pytest.raises(ValueError, match="cache_implementation='offloaded'"):
+            model.generate(words(1, 12), max_new_tokens=4, cache_implementation="offloaded")
 
 
 def test_chunked_prefill_asks_for_a_plan_that_goes_on():

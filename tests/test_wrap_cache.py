@@ -594,7 +594,7 @@ def test_report_of_a_model_of_text(text, plan):
     assert report.decode_steps == 4 and list(report.milliseconds) == ["prefill", "decode"]
     assert (report.prompt_before, report.prompt_after, report.items) == (24, 24, []) and w.last == [] and w.prompt is None
     shown = str(report)
-    assert f"cache {w.config.label}: 24 -> " in shown and f"{found.bytes_after / whole:.1%}, books included" in shown
+    assert f"cache {w.config.label}: 24 -> " in shown and f"{found.bytes_after / whole:.1%}, bookkeeping included" in shown
     assert "nothing was reduced" not in shown and "at most" in shown and "ms: score" in shown and "decode" in shown
     assert json.loads(json.dumps(report.to_dict()))["cache"]["slots"] == found.slots
 

@@ -26,10 +26,12 @@ from .recent import Recent
 from .retrieval_heads import find_retrieval_heads
 from .slots import Slots, Stored, fold_into
 from .snapkv import SnapKV
+from .static import StaticCompressedCache
 from .stores import InBits
 from .streaming_llm import StreamingLLM
 from .view import TAGS, CacheView
 
 __all__ = ["EMS", "H2O", "TAGS", "Attached", "CachePlan", "CacheView", "Chain", "CompressedCache", "InBits", "KNorm",
            "KVMerger", "Kept", "KeyDiff", "MiKV", "MiniCache", "Random", "RazorAttention", "Recent", "SlotLayer", "Slots",
-           "SnapKV", "Stored", "StreamingLLM", "attach", "chain", "detach", "find_retrieval_heads", "fold_into"]
+           "SnapKV", "StaticCompressedCache", "Stored", "StreamingLLM", "attach", "chain", "detach", "find_retrieval_heads",
+           "fold_into"]

@@ -13,8 +13,10 @@ from ..errors import UnsupportedModelError, WrapError
 from .attention import STOCK, name_of, register
 from .cache import CompressedCache
 from .chain import Chain
+from .filling import FillingCache
 from .layer import SlotLayer
 from .plan import CachePlan
+from .static import PADDING
 from .tally import Tally
 from .view import TAGS
 
@@ -62,14 +64,14 @@ def attach(model: Any, plan: CachePlan | Chain) -> Attached:
     """Let a model's attention look at slots, and its `generate` make caches that `plan` keeps small.
 
     This instance only, and others that were built around the very same config object. Raises WrapError where one is attached
-    already, UnsupportedModelError for attention other than SDPA and eager.
+    already, UnsupportedModelError for attention other than SDPA, eager and FlashAttention (2 and 3; tested with a stand-in).
     """
     model = base_of(model)
     if _HANDLE in vars(model):
         raise WrapError(f"{type(model).__name__} has a compressed cache already; detach(model) first")
     handle = Attached(model, plan)
     if handle.stock not in STOCK:
-        raise UnsupportedModelError(f"attn_implementation={handle.stock!r}: a compressed cache stands on {' or '.join(STOCK)}; "
+        raise UnsupportedModelError(f"attn_implementation={handle.stock!r}: a compressed cache stands on {', '.join(STOCK)}; "
                                     f"load the model with attn_implementation='sdpa'")
     if not hasattr(model, _PREPARE):
         raise UnsupportedModelError(f"{type(model).__name__} does not generate; attach to the model with a language head")
@@ -95,34 +97,55 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], g
     if generation_mode == "assisted_generation":
         raise ValueError("assistant_model or prompt_lookup_num_tokens: guesses come in with the prompt, and would be "
                          "compressed with it before they are checked; leave them out, or detach(model)")
-    if given is None and generation_config.cache_implementation not in (None, "dynamic"):
-        raise ValueError(f"cache_implementation={generation_config.cache_implementation!r} with a compressed cache attached: "
-                         f"leave it out, or detach(model)")
+    asked = generation_config.cache_implementation
+    if given is None and asked not in (None, "dynamic", "static"):
+        raise ValueError(f"cache_implementation={asked!r} with a compressed cache attached: leave it out, pass 'static' for "
+                         f"room laid out in advance for max_new_tokens, or detach(model)")
+    if given is None and asked == "static" and handle.plan.every is not None:
+        raise ValueError(f"cache_implementation='static' with every={handle.plan.every}: the plan compresses while decoding, "
+                         f"which a static cache does not; leave one of them out")
     if generation_config.prefill_chunk_size and not handle.plan.again:
         raise ValueError(f"prefill_chunk_size={generation_config.prefill_chunk_size}: the plan would compress the first chunk "
                          f"alone; pass again=True to {type(handle.plan).__name__}")
+    if given is None:
+        generation_config.cache_implementation = None       # the stock cache made here is thrown away: a small one
     getattr(type(model), _PREPARE)(model, generation_config, model_kwargs, generation_mode, *args)
+    generation_config.cache_implementation = asked
     if given is None and model_kwargs.get("past_key_values") is not None:
-        model_kwargs["past_key_values"] = cache = handle.cache()
+        if asked == "static":
+            columns = max(args[-1] + 1, generation_config.max_cache_len or 0)
+            cache: CompressedCache = FillingCache(handle.config, handle.plan, model.device, columns)
+        else:
+            cache = handle.cache()
+        model_kwargs["past_key_values"] = cache
         if handle.missing is not None:
             cache.miss(handle.missing)
 
 
 def _prefill(model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,
              **kwargs: Any) -> Any:
-    """In place of the stock method of this name: a prompt that comes in chunks is announced to the cache as a whole."""
+    """In place of the stock method of this name.
+
+    A prompt that comes in chunks is announced to the cache as a whole; for `cache_implementation="static"` the cache that the
+    prompt filled gives way to its static form.
+    """
     cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    if isinstance(cache, FillingCache):
+        cache.promised = False
     if generation_config.prefill_chunk_size and isinstance(cache, CompressedCache):
         length = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
         cache.announce(torch.ones(len(input_ids), length, dtype=torch.long) if mask is None else mask)
         if placeholders(model.config):
             cache.tag(tags_of(model.config, input_ids[:, int(cache.get_seq_length()) - length:]))
-    return getattr(type(model), _PREFILL)(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    out = getattr(type(model), _PREFILL)(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    if isinstance(cache, FillingCache):
+        out.past_key_values = model_kwargs["past_key_values"] = cache.frozen()
+    return out
 
 
 def _hooks(model: Any, plan: CachePlan | Chain) -> list[Any]:
     """What a plan has to be told and a cache cannot see: hidden states, and where the placeholders of a prompt stand."""
-    hooks = [model.register_forward_pre_hook(_note_tally, with_kwargs=True)]
+    hooks = [model.register_forward_pre_hook(_note_call, with_kwargs=True)]
     if "hidden" in plan.needs:
         layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
         hooks += [m.register_forward_pre_hook(_note_hidden, with_kwargs=True) for m in layers]
@@ -131,9 +154,10 @@ def _hooks(model: Any, plan: CachePlan | Chain) -> list[Any]:
     return hooks
 
 
-def _note_tally(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _note_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if isinstance(cache := kwargs.get("past_key_values"), CompressedCache):
         vars(model)[_HANDLE].tally = cache.tally
+        setattr(cache, PADDING, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
 
 
 def _note_hidden(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,15 +1,19 @@
 """Attention over slots: one function under a name of our own, exact for every layer's and every head's slots.
 
 Where a layer holds every column it calls the stock function, so that nothing differs by a bit. Elsewhere the stock model's own
-mask (padding, blocks of pictures, a mask the caller gave) is looked up by each slot's column. One new token goes through
-`ops.kv_decode` where slots are in few bits, in several parts, or on a GPU with Triton; more of them through torch, over slots
-restored for this layer alone.
+mask (padding, blocks of pictures, a mask the caller gave) is looked up by each slot's column; in the static form (`static.py`)
+causality and validity say all. One new token goes through `ops.kv_decode` where slots are in few bits, in several parts, or on
+a GPU with Triton; more of them through torch, over slots restored for this layer alone.
+
+FlashAttention as the stock implementation runs whole layers; slots are attended as with SDPA. No flash package was at hand:
+what was run is a stand-in of the same signature, and the 2-D masks that transformers makes for it.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,13 +26,15 @@ from ..ops import kv_decode
 from ..ops.kernels import use_triton
 from ..ops.kv_scores import DTYPES
 from .parts import Parts, by_heads, joined
-from .slots import Slots, exactly, tensor
+from .slots import Heads, Slots, exactly, tensor
 from .stores import InBits
 from .view import Sight, weights
 
 LAYER = "_mmcompress_slots"     # on the keys that a layer's `update` returns: the layer
+OPEN = "_mmcompress_open"       # likewise: a layer of the static form
 ROOM = 2**24                    # logits held at a time where queries are many
-STOCK = ("sdpa", "eager")       # the implementations that a compressed cache can stand on
+FLASH = ("flash_attention_2", "flash_attention_3")
+STOCK = ("sdpa", "eager", *FLASH)   # the implementations that a compressed cache can stand on
 
 
 def name_of(stock: str) -> str:
@@ -54,40 +60,66 @@ def register() -> None:
 def slot_attention(stock: str, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                    scaling: float | None = None, dropout: float = 0.0, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """As transformers calls an attention function. query (B, H, Q, d) -> (B, Q, H, d_v), and weights or None"""
+    still = getattr(key, OPEN, None)
+    if still is not None:
+        _refuse_sinks(module, kwargs)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend_parts(stock, query, still.parts, still.sight(query.shape[2]), scaling, dropout, kwargs.get("softcap"),
+                            still.routes)
     layer = getattr(key, LAYER, None)
     if layer is None or layer.whole:
         given = {} if scaling is None else {"scaling": scaling}
-        out = _stock(stock, module)(module, query, key, value, attention_mask, dropout=dropout, **given, **kwargs)
+        called = _as_stock(module, stock) if stock in FLASH else module
+        out = _stock(stock, module)(called, query, key, value, attention_mask, dropout=dropout, **given, **kwargs)
         if layer is None:
             return out                                      # no cache, or a layer of another kind
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     sight = Sight(attention_mask, layer.seen - query.shape[2])
     layer.note(sight, kwargs.get("position_ids"), len(query), query.device)
     if not layer.whole:
-        if kwargs.get("s_aux") is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} has attention sinks of its own (s_aux), which a compressed "
-                                        f"cache does not know; detach(model) and run it stock")
+        _refuse_sinks(module, kwargs)
         out = attend_parts(stock, query, layer.parts, sight, scaling, dropout, kwargs.get("softcap"))
     layer.settle(query, sight, scaling, kwargs.get("softcap"))
     return out
 
 
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """Where the groups of heads are: the index of each, and the order that puts their outputs, joined, back."""
+
+    heads: dict[Heads | None, Tensor]
+    order: Tensor
+
+
+def routes_of(parts: Parts, device: torch.device) -> Routes | None:
+    """The routes of parts of some heads each; None where a part has all."""
+    groups = list(by_heads(parts))
+    if None in groups:
+        return None
+    heads: dict[Heads | None, Tensor] = {own: torch.tensor(own, device=device) for own in groups}
+    return Routes(heads, torch.cat(list(heads.values())).argsort())
+
+
 def attend_parts(stock: str, query: Tensor, parts: Parts, sight: Sight, scaling: float, dropout: float = 0.0,
-                 softcap: float | None = None) -> tuple[Tensor, Tensor | None]:
-    """Attention of each group of heads over its own parts. -> (B, Q, H, d_v), and with eager the weights (B, H, Q, N)"""
+                 softcap: float | None = None, routes: Routes | None = None) -> tuple[Tensor, Tensor | None]:
+    """Attention of each group of heads over its own parts. -> (B, Q, H, d_v), and with eager the weights (B, H, Q, N)
+
+    routes  `routes_of(parts)`, where they are known from before
+    """
     groups = by_heads(parts)
     if None in groups:
         return _attend(stock, query, groups[None], sight, scaling, dropout, softcap)
-    held = sum(len(heads or ()) for heads in groups)
-    grouped = query.unflatten(1, (held, -1))                                                        # (B, H_kv, G, Q, d)
-    order = torch.tensor([head for heads in groups for head in heads or ()], device=query.device).argsort()
-    outs, maps = zip(*(_attend(stock, grouped[:, list(heads or ())].flatten(1, 2), own, sight, scaling, dropout, softcap)
-                       for heads, own in groups.items()))
+    routes = routes_of(parts, query.device) if routes is None else routes
+    assert routes is not None
+    order = routes.order
+    grouped = query.unflatten(1, (len(order), -1))                                                  # (B, H_kv, G, Q, d)
+    outs, maps = zip(*[_attend(stock, grouped.index_select(1, routes.heads[heads]).flatten(1, 2), own, sight, scaling, dropout,
+                               softcap) for heads, own in groups.items()])
     by_head = lambda x, dim: x.unflatten(dim, (-1, grouped.shape[2])).index_select(dim, order).flatten(dim, dim + 1)  # noqa: E731
     out = by_head(torch.cat(outs, 2), 2).contiguous()
     if maps[0] is None:
         return out, None
-    most = max(m.shape[-1] for m in maps)
+    most = max([m.shape[-1] for m in maps])
     return out, by_head(torch.cat([F.pad(m, (0, most - m.shape[-1])) for m in maps], 1), 1)
 
 
@@ -105,9 +137,7 @@ def _attend(stock: str, query: Tensor, parts: Parts, sight: Sight, scaling: floa
 
 def tier_of(slots: Slots, sight: Sight, dtype: torch.dtype) -> kv_decode.Slots:
     """A part as the decode kernel takes it; what it does not read in its own form is restored."""
-    valid = slots.valid
-    if sight.mask is not None:
-        valid = sight.seen(slots, torch.zeros(len(valid), 1, dtype=torch.long, device=valid.device))[:, :, 0]
+    valid = sight.newest(slots)
     k, v = (x.codes if isinstance(x, InBits) and (x.balance is None or x is slots.keys) else tensor(x, dtype)
             for x in (slots.keys, slots.values))
     balance = slots.keys.balance if isinstance(slots.keys, InBits) else None
@@ -120,7 +150,7 @@ def attend_sdpa(query: Tensor, slots: Slots, sight: Sight, scaling: float, dropo
     if slots.bias is not None or softcap is not None:
         return attend_explicit(query, slots, sight, scaling, dropout, softcap)[0], None
     batch, heads, length, _ = query.shape
-    groups = heads // slots.column.shape[1]
+    groups = heads // slots.valid.shape[1]
     seen = sight.seen(slots, torch.arange(length, device=query.device).expand(batch, -1))           # (B, H_kv, Q, N)
     seen = seen[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
     out = F.scaled_dot_product_attention(query.unflatten(1, (-1, groups)).flatten(2, 3), exactly(slots.keys),
@@ -147,6 +177,27 @@ def attend_explicit(query: Tensor, slots: Slots, sight: Sight, scaling: float, d
 def _by_token(out: Tensor) -> Tensor:
     """(B, H_kv, G, Q, d) -> (B, Q, H, d)"""
     return out.flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def _refuse_sinks(module: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} has attention sinks of its own (s_aux), which a compressed "
+                                    f"cache does not know; detach(model) and run it stock")
+
+
+class _Instead:
+    """An object with some attributes instead of its own."""
+
+    def __init__(self, wrapped: Any, **instead: Any) -> None:
+        vars(self).update(instead, _wrapped=wrapped)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_wrapped"], name)
+
+
+def _as_stock(module: Any, stock: str) -> Any:
+    """An attention module whose config names the stock implementation: flash attention looks its kernels up by that name."""
+    return _Instead(module, config=_Instead(module.config, _attn_implementation=stock))
 
 
 def _stock(name: str, module: Any) -> Callable[..., Any]:

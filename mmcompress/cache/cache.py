@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from .layer import SlotLayer
 from .slots import bytes_of
 from .tally import Tally
 from .timeline import Timeline
+
+if TYPE_CHECKING:
+    from .static import StaticCompressedCache
 
 
 class CompressedCache(DynamicCache):
@@ -84,6 +87,12 @@ class CompressedCache(DynamicCache):
         """
         self.timeline.coming, self.timeline.real = mask.shape[1], mask
 
+    def static(self, room: int, mask: Tensor | None = None) -> StaticCompressedCache:
+        """A copy with fixed shapes and room for so many new tokens, which `torch.compile` takes: see `static.freeze`."""
+        from .static import freeze
+
+        return freeze(self, room, mask)
+
     def tag(self, tags: Tensor) -> None:
         """Say what modality the next tokens are. tags (B, n) integers into `TAGS`: 0 text, 1 image, 2 video, 3 audio"""
         line, start = self.timeline, int(self.get_seq_length())
@@ -122,6 +131,7 @@ class CompressedCache(DynamicCache):
                 done[id(x)] = x, change(x)
             return done[id(x)][1]
 
+        vars(self).pop("_mmcompress_padding", None)         # the mask of the last call, which `static.freeze` reads: other rows
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 layer.rows(once if layer.shares else change)

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.ranking import ranks
-from .plan import CachePlan, Kept, admit, budget
+from .plan import CachePlan, Kept, admit, budget, by_modality
 from .scores import accumulated
 from .slots import Slots, fold_into
-from .view import TAGS, CacheView
+from .view import CacheView
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +74,14 @@ class KVMerger(CachePlan):
 
     def evict(self, x: CacheView, scores: Tensor) -> Kept:
         if isinstance(self.keep, Mapping):
-            of_slot, forced = x.tag, self.forced(x.valid, x.valid.sum(-1, keepdim=True))
-            parts = [self._sets(x, scores, x.valid & (of_slot == number), forced,
-                                budget(x.total_of(number), self.keep.get(name, 1.0))[:, None, None])
-                     for number, name in enumerate(TAGS)]
+            of_slot, counts = x.tag, by_modality(x, self.keep)
+            forced = self.forced(x.valid, counts.sum(0))
+            parts = [self._sets(x, scores, x.valid & (of_slot == number), forced, count) for number, count in enumerate(counts)]
             masks, places = zip(*parts)
             return Sets(torch.stack(masks).any(0), None, torch.stack(places).amax(0))
+        if self.text_prior:
+            text = x.tag == 0
+            scores = torch.where(text, scores + scores.masked_fill(text | ~x.valid, 0).amax(-1, keepdim=True), scores)
         keep = self.at(x.layer, x.depth)
         count = budget(x.total, keep)[:, None, None]
         mask, pivot = self._sets(x, scores, x.valid, self.forced(x.valid, count), count)

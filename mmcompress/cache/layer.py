@@ -131,9 +131,13 @@ class SlotLayer(DynamicLayer):
         """Whether it is to be compressed after a call of so many tokens."""
         if self.plan is None:
             return False
-        if queries > 1 and (self.seen == queries or self.plan.again):
+        if self.prompted(queries) and (self.seen == queries or self.plan.again):
             return True
         return self.plan.every is not None and self.seen - self.base >= self.plan.every
+
+    def prompted(self, queries: int) -> bool:
+        """Whether a call of so many tokens is a prompt or a chunk of one, the last of which may be a single token."""
+        return queries > 1 or self.seen <= self.timeline.coming
 
     def note(self, sight: Sight, positions: Tensor | None, rows: int, device: torch.device) -> None:
         """Take down the new columns' positions and, once they are slots, which of them are padding."""
@@ -156,7 +160,7 @@ class SlotLayer(DynamicLayer):
         due = self.due(query.shape[2])
         if not due and not (self.plan.accumulates and (self.plan.again or self.plan.every is not None)):
             return
-        if due and query.shape[2] > 1:
+        if due and self.prompted(query.shape[2]):
             self.tally.hold(self.layer, self.nbytes)
         x = self._view(query, sight, scaling, softcap, hidden)
         if self.plan.accumulates:
@@ -218,7 +222,8 @@ class SlotLayer(DynamicLayer):
             if new is not x.slots:
                 self.put(new)
         else:
-            under, new = self.plan.share(x, self.below._real(x))
+            with x.stage("store"):
+                under, new = self.plan.share(x, self.below._real(x))
             self.below.put(under)
             self.below.count_up()
             self.put(new)

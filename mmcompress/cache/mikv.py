@@ -84,11 +84,15 @@ class MiKV(CachePlan):
         return (*parts, self._rounded(top, self.high_bits, balance))
 
     def _balancer(self, x: CacheView) -> Tensor | None:
-        """Of the first prompt, and what it was ever after."""
-        if not self.balance or x.balance is not None:
-            return x.balance
+        """Of a row's first prompt, and what it was ever after."""
+        if not self.balance:
+            return None
         queries = x.queries.masked_fill(~x.asking[:, None, None, :, None], 0).flatten(1, 2)
-        return balancer(queries, x.keys.masked_fill(~x.valid[..., None], 0))
+        new = balancer(queries, x.keys.masked_fill(~x.valid[..., None], 0))
+        if x.balance is None:
+            return new
+        held = (x.valid & (x.slots.column < x.sight.start)).any(-1)     # not where all chunks so far were padding
+        return torch.where(held[..., None, None], x.balance, new)
 
     def _rounded(self, slots: Slots, bits: int, balance: Tensor | None) -> Slots:
         keys: Any = in_bits(slots.keys, bits, self.group, balance)  # type: ignore[arg-type]

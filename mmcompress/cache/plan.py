@@ -58,8 +58,8 @@ class CachePlan(ABC):
             where it is smaller than they are
     again   compress after every prompt, not the first alone, to the share of all the tokens so far: for chunked prefill
     every   compress while decoding too, when so many tokens have come since the last time; None: generated tokens all stay
-    text_prior  tokens of text come before all others (LOOK-M, Wan et al., 2024, arXiv 2406.18139): their scores are raised by
-            the highest of another modality's. It orders one budget; a mapping in `keep` gives each modality its own
+    text_prior  tokens of text come before all others, as where their attention is raised by the highest of another modality's
+            (LOOK-M, Wan et al., 2024, arXiv 2406.18139). It orders one budget; a mapping in `keep` gives each modality its own
     """
 
     keep: Keep = 0.25
@@ -98,9 +98,8 @@ class CachePlan(ABC):
         if isinstance(self.keep, Mapping):
             return self._by_modality(x, scores, self.keep)
         if self.text_prior:
-            text = x.tag == 0
-            best = scores.masked_fill(text | ~x.valid, -torch.inf).amax(-1, keepdim=True)
-            scores = torch.where(text, scores + best.clamp_min(0), scores)
+            order = -ranks(scores.masked_fill(~x.valid, -torch.inf))
+            scores = torch.where(x.tag == 0, order + x.slots.count, order)
         keep = self.at(x.layer, x.depth)
         count = budget(x.total, keep)[:, None, None]
         return Kept(admit(scores, x.valid, self.forced(x.valid, count), count), self.width(x))
@@ -169,12 +168,11 @@ class CachePlan(ABC):
         return valid & ((order <= self.sinks) | (order > total - recent))
 
     def _by_modality(self, x: CacheView, scores: Tensor, keep: Mapping[str, float | int]) -> Kept:
-        of_slot = x.tag
-        forced = self.forced(x.valid, x.valid.sum(-1, keepdim=True))
+        of_slot, counts = x.tag, by_modality(x, keep)
+        forced = self.forced(x.valid, counts.sum(0))
         mask = torch.zeros_like(x.valid)
-        for number, name in enumerate(TAGS):
+        for number, count in enumerate(counts):
             own = x.valid & (of_slot == number)
-            count = budget(x.total_of(number), keep.get(name, 1.0))[:, None, None]
             mask |= admit(scores, own, forced & own, count)
         return Kept(mask)
 
@@ -194,6 +192,11 @@ def budget(tokens: Tensor, keep: float | int) -> Tensor:
     if isinstance(keep, int):
         return tokens.clamp_max(keep)
     return torch.minimum((tokens.double() * keep + 1e-9).floor().long().clamp_min(1), tokens)
+
+
+def by_modality(x: CacheView, keep: Mapping[str, float | int]) -> Tensor:
+    """The budget of each modality, all of it where none is given. (len(TAGS), B, 1, 1) int64"""
+    return torch.stack([budget(x.total_of(number), keep.get(name, 1.0)) for number, name in enumerate(TAGS)])[..., None, None]
 
 
 def _check(keep: Any) -> None:

@@ -9,7 +9,8 @@ The stock 4-D mask, which would grow, is not read: a new token sees every slot t
 slide a window those of the window. New tokens must therefore be real ones in all rows, as `generate` has them, and a mask of
 one's own for them has no effect.
 
-Run on a CPU only: graphs by the backends eager, aot_eager and inductor, with the torch version of `ops.kv_decode`.
+Run on a CPU only, with the torch version of `ops.kv_decode`: by the backends eager and aot_eager in tests, by inductor one step
+by hand. CUDA graphs, and Triton kernels within a graph, have not been run.
 """
 
 from __future__ import annotations
@@ -193,6 +194,9 @@ class StaticCompressedCache(Cache):
         """Bytes held, empty slots included; shared ones once."""
         return bytes_of(x for layer in self._own for x in layer.tensors())
 
+    def miss(self, counts: Tensor) -> None:
+        """What reducers dropped, which the dynamic form counts: no budget asks any more, as nothing is compressed."""
+
     @property
     def _own(self) -> list[StaticSlotLayer]:
         return [layer for layer in self.layers if isinstance(layer, StaticSlotLayer)]
@@ -320,24 +324,3 @@ class _Real:
                              f"mask=attention_mask, ({batch}, {self.seen}), ones where there is none")
         mask = mask.to(column.device).bool().repeat_interleave(batch // len(mask), 0)
         return mask[:, None].expand(-1, column.shape[1], -1).gather(2, column.long())
-
-
-class FillingCache(CompressedCache):
-    """A compressed cache that `generate` fills with a prompt and then freezes.
-
-    columns   tokens, prompt and new ones, that there is to be room for
-    promised  before the prompt comes it says that it compiles, as what it becomes does: `generate` decides by it then
-    """
-
-    def __init__(self, config: Any, plan: Any, device: torch.device | str, columns: int) -> None:
-        super().__init__(config, plan, device)
-        self.columns, self.promised = columns, True
-        check_layers(self, config)
-
-    @property
-    def is_compileable(self) -> bool:
-        return self.promised
-
-    def frozen(self) -> StaticCompressedCache:
-        """Its static form; it is left empty."""
-        return freeze(self, max(1, self.columns - int(self.get_seq_length())), take=True)

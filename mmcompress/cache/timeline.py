@@ -60,7 +60,10 @@ class Timeline:
             raise ValueError(f"counts {tuple(counts.shape)} {counts.dtype}: whole numbers of tokens (rows, {len(TAGS)}), none "
                              f"below 0, in the order {', '.join(TAGS)}")
         counts = counts.long().cpu()
-        self.missing = counts if self.missing is None else _rows(self.missing, max(len(counts), len(self.missing))) + counts
+        if self.missing is not None:
+            rows = max(len(counts), len(self.missing))
+            counts = _rows(self.missing.cpu(), rows) + _rows(counts, rows)
+        self.missing = counts
         sums = self.missing.sum(1)
         self._missing_sums = int(sums.min()), int(sums.max())
 
@@ -94,6 +97,7 @@ class Timeline:
             self.positions = self.positions[:, :length]
         if self.tags is not None:
             self.tags = self.tags[:, :length]
+        self.coming = min(self.coming, length)
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (self.positions, self.tags, self.missing, self.real) if x is not None]

@@ -25,7 +25,8 @@ class Sight:
     """Which columns the queries of one call may look at.
 
     mask   what the stock model made for all columns: (B or 1, 1, Q, L or more) bool, or additive and then read as seen or not;
-           None where causality says all
+           (B, L or more) as flash attention takes it: which columns are no padding, and causality besides; None where
+           causality says all
     start  the column of the first query
     """
 
@@ -33,9 +34,9 @@ class Sight:
     start: int
 
     def __post_init__(self) -> None:
-        if self.mask is not None and (self.mask.ndim != 4 or self.mask.shape[1] != 1):
+        if self.mask is not None and self.mask.ndim != 2 and (self.mask.ndim != 4 or self.mask.shape[1] != 1):
             raise ValueError(f"an attention mask of shape {tuple(self.mask.shape)}: a compressed cache reads masks of (B, 1, "
-                             f"queries, columns), columns counted as if nothing had been dropped")
+                             f"queries, columns) or (B, columns), columns counted as if nothing had been dropped")
 
     def seen(self, slots: Slots, rows: Tensor) -> Tensor:
         """Whether some queries see each slot, the mask of the stock model looked up by column.
@@ -43,18 +44,32 @@ class Sight:
         rows (B, q) int64, numbers of queries -> (B, H_kv, q, N) bool
         """
         column = slots.column.long()[:, :, None]                                                    # (B, H, 1, N)
-        if self.mask is None:
-            return (column <= self.start + rows[:, None, :, None]) & slots.valid[:, :, None]
+        if self.mask is None or self.mask.ndim == 2:
+            seen = (column <= self.start + rows[:, None, :, None]) & slots.valid[:, :, None]
+            if self.mask is None:
+                return seen
+            self._check(self.mask)
+            real = self.mask.bool()[:, None, None].expand(-1, *column.shape[1:3], -1)
+            return seen & real.gather(3, column)
         self._check(self.mask)
         looks = self._allowed(self.mask.expand(len(rows), -1, -1, -1))
         looks = looks.gather(2, rows[:, None, :, None].expand(-1, 1, -1, looks.shape[-1]))          # (B, 1, q, L)
         column = column.expand(-1, -1, rows.shape[1], -1)
         return looks.expand(-1, column.shape[1], -1, -1).gather(3, column) & slots.valid[:, :, None]
 
+    def newest(self, slots: Slots) -> Tensor:
+        """Which slots the only query of a call sees. (B, H_kv, N) bool"""
+        if self.mask is None:
+            return slots.valid
+        return self.seen(slots, torch.zeros(len(slots.valid), 1, dtype=torch.long, device=slots.valid.device))[:, :, 0]
+
     def real(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Which columns are no padding: those that the call's last query sees. (B, length) bool"""
         if self.mask is None:
             return torch.ones(batch, length, dtype=torch.bool, device=device)
+        if self.mask.ndim == 2:
+            self._check(self.mask)
+            return self.mask[:, :length].bool()
         return self._allowed(self.mask[:, 0, -1, :length]).expand(batch, -1)
 
     def kind(self, queries: int) -> tuple[bool, bool]:
@@ -72,6 +87,8 @@ class Sight:
     def _kind(self, mask: Tensor, queries: int) -> tuple[bool, bool]:
         self._check(mask)
         length = self.start + queries
+        if mask.ndim == 2:
+            return True, bool((mask[:, :length].long().diff(dim=1) >= 0).all())
         allowed = self._allowed(mask[:, 0, :, :length])                                             # (B or 1, Q, L)
         real, place = allowed[:, -1], torch.arange(length, device=mask.device)
         causal = real[:, None] & (place <= place[self.start:, None])
@@ -82,7 +99,7 @@ class Sight:
         return plain, left
 
     def _check(self, mask: Tensor) -> None:
-        queries, columns = mask.shape[2:]
+        queries, columns = mask.shape[2:] if mask.ndim == 4 else (1, mask.shape[1])
         if columns < self.start + queries:
             raise ValueError(f"an attention mask of {columns} columns for {queries} tokens after {self.start}: a compressed "
                              f"cache counts columns as if nothing had been dropped; pass a mask of {self.start + queries} "
