@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..compat import base_of
 from ..errors import UnsupportedModelError, WrapError
 from .attention import STOCK, name_of, register
 from .cache import CompressedCache
-from .chain import Chain
+from .chain import Chain, chain
 from .filling import FillingCache
 from .layer import SlotLayer
 from .plan import CachePlan
@@ -60,16 +61,17 @@ class Attached:
         self.detach()
 
 
-def attach(model: Any, plan: CachePlan | Chain) -> Attached:
+def attach(model: Any, plan: CachePlan | Chain | Sequence[CachePlan]) -> Attached:
     """Let a model's attention look at slots, and its `generate` make caches that `plan` keeps small.
 
-    This instance only, and others that were built around the very same config object. Raises WrapError where one is attached
-    already, UnsupportedModelError for attention other than SDPA, eager and FlashAttention (2 and 3; tested with a stand-in).
+    Several plans follow one another. This instance only, and others that were built around the very same config object. Raises
+    WrapError where one is attached already, UnsupportedModelError for attention other than SDPA, eager and FlashAttention 2 and
+    3 (these tested with a stand-in).
     """
     model = base_of(model)
     if _HANDLE in vars(model):
         raise WrapError(f"{type(model).__name__} has a compressed cache already; detach(model) first")
-    handle = Attached(model, plan)
+    handle = Attached(model, plan := chain(plan))
     if handle.stock not in STOCK:
         raise UnsupportedModelError(f"attn_implementation={handle.stock!r}: a compressed cache stands on {', '.join(STOCK)}; "
                                     f"load the model with attn_implementation='sdpa'")

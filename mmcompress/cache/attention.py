@@ -126,13 +126,19 @@ def attend_parts(stock: str, query: Tensor, parts: Parts, sight: Sight, scaling:
 def _attend(stock: str, query: Tensor, parts: Parts, sight: Sight, scaling: float, dropout: float, softcap: float | None
             ) -> tuple[Tensor, Tensor | None]:
     """Attention of some heads over all their parts."""
-    fused = query.shape[2] == 1 and stock != "eager" and not dropout and softcap is None and query.dtype in DTYPES \
-        and not (torch.is_grad_enabled() and query.requires_grad)
-    if fused and (len(parts) > 1 or not parts[0].exact or use_triton("auto", query)):
+    fused = query.shape[2] == 1 and stock != "eager" and not dropout and softcap is None and query.dtype in DTYPES
+    if fused and not _learns(query, parts) and (len(parts) > 1 or not parts[0].exact or use_triton("auto", query)):
         tiers = [tier_of(part, sight, query.dtype) for part in parts]
         return kv_decode.decode_attention(query, *tiers, scale=scaling)[0].transpose(1, 2), None
     attend = attend_explicit if stock == "eager" else attend_sdpa
     return attend(query, joined(parts, query.dtype), sight, scaling, dropout, softcap)
+
+
+def _learns(query: Tensor, parts: Parts) -> bool:
+    """Whether a gradient is wanted, of the model or of a store's parameters; the decode kernel has none."""
+    if not torch.is_grad_enabled() or query.requires_grad:
+        return torch.is_grad_enabled()
+    return any(tensor(x, query.dtype).requires_grad for part in parts for x in (part.keys, part.values))
 
 
 def tier_of(slots: Slots, sight: Sight, dtype: torch.dtype) -> kv_decode.Slots:

@@ -50,4 +50,10 @@ class SnapKV(CachePlan):
         order = x.valid.long().cumsum(-1)
         outside = x.valid & (order <= order[..., -1:] - self.recent)
         votes = window_attention(x, self.recent)                                                    # (B, H, N)
-        return pool_scores(votes, self.kernel, self.pooling, outside).masked_fill(~outside, torch.inf)
+        if x.sight.mask is None and x.slots.count == x.real.shape[1]:                               # no slot is missing
+            pooled = pool_scores(votes, self.kernel, self.pooling, outside)
+        else:                                               # neighbours are those that are there
+            close = (~x.valid).long().argsort(dim=-1, stable=True)
+            pooled = pool_scores(votes.gather(2, close), self.kernel, self.pooling, outside.gather(2, close))
+            pooled = pooled.gather(2, close.argsort(dim=-1))
+        return pooled.masked_fill(~outside, torch.inf)
