@@ -70,7 +70,7 @@ _REDUCERS: dict[str, dict[str, str]] = {
     },
 }
 SLOTS = tuple(_REDUCERS)
-SHOWN = ("layer", "keep", "stride")     # fields that are said even where they are the default
+SHOWN = ("layer", "keep", "stride", "bits")     # fields that are said even where they are the default
 _IS = {     # what makes an instance a reducer of a slot
     "image": ("count", "__call__"),
     "video": ("count", "__call__"),
