@@ -17,8 +17,8 @@ from .chain import Chain, chain
 from .filling import FillingCache
 from .layer import SlotLayer
 from .plan import CachePlan
-from .static import PADDING
 from .tally import Tally
+from .timeline import PADDING
 from .view import TAGS
 
 _HANDLE, _PREPARE, _PREFILL = "_mmcompress_cache", "_prepare_cache_for_generation", "_prefill"

@@ -14,7 +14,7 @@ from ..report import Stopwatch
 from .layer import SlotLayer
 from .slots import bytes_of
 from .tally import Tally
-from .timeline import Timeline
+from .timeline import PADDING, Timeline
 
 if TYPE_CHECKING:
     from .static import StaticCompressedCache
@@ -131,7 +131,7 @@ class CompressedCache(DynamicCache):
                 done[id(x)] = x, change(x)
             return done[id(x)][1]
 
-        vars(self).pop("_mmcompress_padding", None)         # the mask of the last call, which `static.freeze` reads: other rows
+        vars(self).pop(PADDING, None)                       # it is of other rows
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 layer.rows(once if layer.shares else change)

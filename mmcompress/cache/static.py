@@ -30,9 +30,8 @@ from .cache import CompressedCache
 from .layer import SlotLayer
 from .parts import Parts, by_heads
 from .slots import Slots, bytes_of, exactly, slots_of
+from .timeline import PADDING
 from .view import Sight
-
-PADDING = "_mmcompress_padding"         # on a cache: the mask of the last call, as `attach` noted it
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .view import TAGS, Total
 
+PADDING = "_mmcompress_padding"         # on a cache: the mask of the last call, as `attach` noted it; `static.freeze` reads it
+
 
 class Timeline:
     """One for all layers of a cache.
