@@ -78,7 +78,7 @@ def slot_attention(stock: str, module: Any, query: Tensor, key: Tensor, value: T
     layer.note(sight, kwargs.get("position_ids"), len(query), query.device)
     if not layer.whole:
         _refuse_sinks(module, kwargs)
-        out = attend_parts(stock, query, layer.parts, sight, scaling, dropout, kwargs.get("softcap"))
+        out = attend_parts(stock, query, layer.parts, sight, scaling, dropout, kwargs.get("softcap"), layer.routes)
     layer.settle(query, sight, scaling, kwargs.get("softcap"))
     return out
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedModelError
-from .attention import LAYER, is_ours
-from .parts import Parts, as_parts, by_heads, grown, in_one, joined
+from .attention import LAYER, Routes, is_ours, routes_of
+from .parts import Parts, as_parts, by_heads, grown, in_one, joined, last_parts
 from .scores import column_sums
 from .slots import Slots, bytes_of, slots_of
 from .stores import InBits
@@ -44,6 +44,7 @@ class SlotLayer(DynamicLayer):
 
     def _empty(self) -> None:
         self.parts: Parts = ()
+        self.routes: Routes | None = None       # where its groups of heads are, if it has any
         self.evidence: Tensor | None = None     # of a whole layer's columns, where the plan gathers it
         self.hidden: Tensor | None = None       # what entered the attention layer in this call, where a plan needs it
         self.seen = self.base = 0
@@ -75,6 +76,11 @@ class SlotLayer(DynamicLayer):
         return replace(slots_of(self.keys, self.values), evidence=self.evidence)
 
     @property
+    def heads(self) -> int:
+        """Its key heads."""
+        return self.keys.shape[1] if self.whole else sum(own[0].column.shape[1] for own in by_heads(self.parts).values())
+
+    @property
     def count(self) -> int:
         """Slots that its longest head has memory for."""
         if self.whole:
@@ -97,13 +103,13 @@ class SlotLayer(DynamicLayer):
         if self.whole:
             return 0 if self.keys is None else bytes_of(iter((self.keys, self.values)))
         rows = len(self.parts[0].column)
-        heads = sum(own[0].column.shape[1] for own in by_heads(self.parts).values())
         width = self.parts[0].keys.shape[-1] + self.parts[0].values.shape[-1]
-        return rows * heads * self.seen * width * self.dtype.itemsize
+        return rows * self.heads * self.seen * width * self.dtype.itemsize
 
     def put(self, held: Slots | Parts) -> None:
         """Hold these instead."""
         self.parts, self.evidence = as_parts(held), None
+        self.routes = routes_of(self.parts, self.parts[0].valid.device)
         self.keys = self.values = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -119,7 +125,8 @@ class SlotLayer(DynamicLayer):
             if self.evidence is not None:
                 self.evidence = torch.nn.functional.pad(self.evidence, (0, key_states.shape[-2]))
         else:
-            self.parts = grown(self.parts, slots_of(key_states, value_states, self.seen))
+            index = None if self.routes is None else self.routes.heads
+            self.parts = grown(self.parts, slots_of(key_states, value_states, self.seen), index)
         self.seen += key_states.shape[-2]
         self.unread = True
         keys, values = (self.keys, self.values) if self.whole else (key_states, value_states)
@@ -145,9 +152,8 @@ class SlotLayer(DynamicLayer):
         if self.whole or sight.mask is None:
             return
         own = sight.real(rows, self.seen, device)[:, None, sight.start:]
-        last = {part.heads: i for i, part in enumerate(self.parts)}
         parts = list(self.parts)
-        for i in last.values():
+        for i in last_parts(self.parts):
             old, new = parts[i].valid.split([parts[i].count - own.shape[2], own.shape[2]], 2)
             parts[i] = replace(parts[i], valid=torch.cat([old, new & own], 2))
         self.parts = tuple(parts)
@@ -179,8 +185,8 @@ class SlotLayer(DynamicLayer):
             raise UnsupportedModelError(f"layer {self.layer} has seen {self.seen} tokens and the cache {self.timeline.length}: "
                                         f"tokens were dropped between layers (layers=[...]), whose positions a compressed "
                                         f"cache does not know; use reducers before the language model with it")
-        heads = self.keys.shape[1] if self.whole else sum(own[0].column.shape[1] for own in by_heads(self.parts).values())
-        return CacheView(slots_of(query[:, :heads, :0], query[:, :heads, :0]), query.unflatten(1, (heads, -1)), sight,
+        none = query[:, :self.heads, :0]
+        return CacheView(slots_of(none, none), query.unflatten(1, (self.heads, -1)), sight,
                          sight.real(batch, self.seen, device), self.timeline.positions.to(device), scaling, self.layer,
                          self.depth, self.timeline.tags_of(batch, self.seen, device), hidden, softcap,
                          self.timeline.beyond(batch, self.seen, device), balance=self._balance(),
@@ -254,7 +260,7 @@ class SlotLayer(DynamicLayer):
             raise ValueError(f"crop({tokens_to_remove}) goes into the {self.base} tokens that were compressed together, of "
                              f"{self.seen}; take back {self.seen - self.base} at most, or start a new cache")
         else:
-            last = {part.heads: i for i, part in enumerate(self.parts)}.values()
+            last = last_parts(self.parts)
             cut = (p.first(p.count - n) if i in last else p for i, p in enumerate(self.parts))
             self.parts = tuple(p for p in cut if p.count)
         self.seen, self.base = left, min(self.base, left)

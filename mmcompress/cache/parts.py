@@ -5,6 +5,7 @@ The parts of a head follow one another; the newest tokens are in the last, which
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -26,12 +27,16 @@ def by_heads(parts: Parts) -> dict[Heads | None, Parts]:
     return {heads: tuple(p for p in parts if p.heads == heads) for heads in dict.fromkeys(p.heads for p in parts)}
 
 
-def grown(parts: Parts, new: Slots) -> Parts:
-    """The parts with new tokens of all heads at the end of each head's last."""
+def last_parts(parts: Parts) -> tuple[int, ...]:
+    """Where each group's last part is, the one that new tokens go to."""
+    return tuple({part.heads: i for i, part in enumerate(parts)}.values())
+
+
+def grown(parts: Parts, new: Slots, index: Mapping[Heads | None, Tensor] | None = None) -> Parts:
+    """The parts with new tokens of all heads at the end of each head's last. index: each group's heads, as tensors"""
     out = list(parts)
-    last = {part.heads: i for i, part in enumerate(parts)}
-    for heads, i in last.items():
-        own = new.of_heads(heads)
+    for i in last_parts(parts):
+        own = new.of_heads(out[i].heads, None if index is None else index[out[i].heads])
         if out[i].exact:
             out[i] = out[i].append(own)
         else:

@@ -116,13 +116,15 @@ class Slots:
                        column=self.column[:, :, :n], valid=self.valid[:, :, :n], bias=some(self.bias),
                        evidence=some(self.evidence))
 
-    def of_heads(self, heads: Heads | None) -> Slots:
-        """The slots of some key heads, out of those of all."""
+    def of_heads(self, heads: Heads | None, index: Tensor | None = None) -> Slots:
+        """The slots of some key heads, out of those of all. index: the heads as a tensor on the device, where there is one"""
         if heads is None:
             return self
-        some = lambda x: None if x is None else x[:, list(heads)]  # noqa: E731
-        return Slots(exactly(self.keys)[:, list(heads)], exactly(self.values)[:, list(heads)], self.column[:, list(heads)],
-                     self.valid[:, list(heads)], some(self.bias), some(self.evidence), heads)
+        index = torch.tensor(heads, device=self.valid.device) if index is None else index
+        some = lambda x: None if x is None else x.index_select(1, index)  # noqa: E731
+        return Slots(exactly(self.keys).index_select(1, index), exactly(self.values).index_select(1, index),
+                     self.column.index_select(1, index), self.valid.index_select(1, index), some(self.bias),
+                     some(self.evidence), heads)
 
 
 def exactly(x: Tensor | Stored) -> Tensor:

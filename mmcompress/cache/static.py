@@ -28,7 +28,7 @@ from ..errors import UnsupportedModelError
 from .attention import OPEN, is_ours, routes_of
 from .cache import CompressedCache
 from .layer import SlotLayer
-from .parts import Parts, by_heads
+from .parts import Parts, by_heads, last_parts
 from .slots import Slots, bytes_of, exactly, slots_of
 from .timeline import PADDING
 from .view import Sight
@@ -79,7 +79,7 @@ class StaticSlotLayer(CacheLayerMixin):
         self.device, self.batch_size = parts[0].valid.device, len(parts[0].valid)
         self.length, self.base = (torch.tensor(seen, device=self.device) for _ in range(2))
         self.routes = routes_of(parts, self.device)
-        self.open = tuple({part.heads: i for i, part in enumerate(parts)}.values())
+        self.open = last_parts(parts)
         self.came = 0                                       # as far as eager calls know
         self.is_initialized = True
         for x in self.tensors():
@@ -239,7 +239,7 @@ def freeze(cache: CompressedCache, room: int, mask: Tensor | None = None, *, tak
     for i, layer in enumerate(cache.layers):
         parts, window = held(layer, real, seen)
         parts = tuple(replace(part, evidence=None) for part in parts)
-        last = {part.heads: j for j, part in enumerate(parts)}.values()
+        last = last_parts(parts)
         done: list[Slots] = []
         for j, part in enumerate(parts):
             if j in last and part.exact:
