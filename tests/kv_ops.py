@@ -1,13 +1,9 @@
 """What the tests of the KV cache's ops share: where they run, which twins there are, outputs poisoned with NaN."""
 
-import os
 from importlib.util import find_spec
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")              # before anything imports Triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("torch", "triton") if find_spec("triton") else ("torch",)
